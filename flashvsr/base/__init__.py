@@ -1,0 +1,1 @@
+"""What all packages share; nothing here knows a model."""
