@@ -1,0 +1,1 @@
+"""Evaluation: metrics, test sets, methods side by side, and the report."""

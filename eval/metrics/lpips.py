@@ -1,0 +1,168 @@
+"""LPIPS (Zhang et al. 2018) as a metric and as a frozen, differentiable training loss.
+
+The trunk, the layers and the linear heads (v0.1) are those of the package lpips. Its own forward divides by
+a norm whose gradient is undefined where all channels are zero, so the comparison is written here. Backbone
+weights are only ever found on disk: nothing is downloaded. Without them the trunk is random but fixed by a
+seed, and the metric is then called `lpips-random`: good enough to see a road work, not to be published.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eval.metrics.frames import matched_frames
+from flashvsr.base.cli import UserError
+
+# The names torchvision gives the ImageNet checkpoints it downloads into torch's hub cache.
+_CHECKPOINTS = {"alex": "alexnet-owt-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
+_stub: torch.library.Library | None = None  # must outlive torchvision, which looks its operators up lazily
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance; `name` is "lpips" with real backbone weights, else "lpips-random".
+
+    `net` is alex, vgg or squeeze. `weights` is "auto" (torch's hub cache if the torchvision checkpoint is
+    there, else random), "random", or the path of a torchvision checkpoint. `description` says in words what
+    was used. All parameters are frozen and building draws nothing from the global generator. Raises
+    UserError for an unknown net, a missing or unfit file, or when lpips or torchvision is not installed.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | Path = "auto", seed: int = 0):
+        super().__init__()
+        if net not in _CHECKPOINTS:
+            raise UserError(f"LPIPS knows the nets {', '.join(_CHECKPOINTS)}, not {net!r}")
+        source = _find(net, weights)
+        self.model = _build(net)
+        if source is None:
+            _draw_trunk(self.model.net, seed)
+            self.description = f"LPIPS-random ({net}, trunk drawn with seed {seed}, heads v0.1)"
+        else:
+            _load_trunk(self.model.net, source)
+            self.description = f"LPIPS ({net}, trunk {source.name}, heads v0.1)"
+        self.name = "lpips-random" if source is None else "lpips"
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair, float32 `[N]`; x and y are RGB `N 3 H W` in [-1, 1].
+
+        Differentiable in either argument; under autocast only the trunk runs in low precision. Equals the
+        package's value to float32 rounding.
+        """
+        heads = [head.model[-1].weight for head in self.model.lins]  # behind a dropout that only fitting uses
+        features_x, features_y = self._features(x), self._features(y)
+        distance = torch.zeros(len(x), device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            for f, g, head in zip(features_x, features_y, heads, strict=True):
+                difference = (_normalise(f.float()) - _normalise(g.float())).square().mean(dim=(2, 3))
+                distance = distance + difference @ head.float().flatten()
+        return distance
+
+    @torch.no_grad()
+    def per_frame(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Tensor:
+        """Distance of each frame of two `F H W 3` clips as in `matched_frames`, float64 `[F]` on the CPU."""
+        device = next(self.parameters()).device
+        signed = ((2 * x - 1, 2 * y - 1) for x, y in matched_frames(a, b))
+        values = [self(x[None].to(device), y[None].to(device)) for x, y in signed]
+        return torch.cat(values).double().cpu()
+
+    def clip(self, a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
+        """Mean over frames of `per_frame`."""
+        return self.per_frame(a, b).mean().item()
+
+    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.model.net(self.model.scaling_layer(x.to(next(self.parameters()).dtype)))
+
+
+def _normalise(f: Tensor) -> Tensor:
+    # The tiny term sits under the root, so that an all-zero position has gradient zero instead of 0/0.
+    return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-20)
+
+
+def _find(net: str, weights: str | Path) -> Path | None:
+    if weights == "random":
+        return None
+    if weights == "auto":
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        return next(iter(sorted(cache.glob(_CHECKPOINTS[net]))), None)
+    if not Path(weights).is_file():
+        raise UserError(
+            f"LPIPS backbone weights {weights} do not exist; give a torchvision checkpoint, auto or random"
+        )
+    return Path(weights)
+
+
+def _build(net: str) -> nn.Module:
+    """The package's network with its linear heads; the trunk is still on the meta device, without memory."""
+    lpips = import_lpips()
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision deprecates the argument that lpips passes
+        model = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
+    model.scaling_layer = lpips.lpips.ScalingLayer()
+    heads = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu")
+    for i, head in enumerate(model.lins):
+        head.load_state_dict({"model.1.weight": heads[f"lin{i}.model.1.weight"]}, assign=True)
+    return model
+
+
+def _draw_trunk(trunk: nn.Module, seed: int) -> None:
+    """Normal weights of variance 2 / fan-in (He et al. 2015) and zero biases, in the order of layers."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, p in trunk.state_dict().items():
+        if name.endswith("weight"):
+            spread = math.sqrt(2 / p[0].numel())
+            values[name] = torch.randn(p.shape, generator=generator) * spread
+        else:
+            values[name] = torch.zeros(p.shape)
+    trunk.load_state_dict(values, assign=True)
+
+
+def _load_trunk(trunk: nn.Module, path: Path) -> None:
+    """Read `features.*` of a torchvision checkpoint; lpips keeps the layers' numbers behind slice names."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        values = {name: stored[f"features.{name.partition('.')[2]}"] for name in trunk.state_dict()}
+        trunk.load_state_dict({name: value.float() for name, value in values.items()}, assign=True)
+    except Exception as error:  # torch raises half a dozen types for a file that is not such a checkpoint
+        raise UserError(
+            f"{path} is not a torchvision checkpoint of this LPIPS net ({type(error).__name__})"
+        ) from error
+
+
+def import_lpips():
+    """Import lpips, also beside a torchvision whose compiled operators do not fit this torch.
+
+    torchvision fails at import when its C++ library does not load (a CUDA wheel beside a CPU torch), for want
+    of two operators that LPIPS never calls; declaring them is enough.
+    """
+    global _stub
+    from importlib.util import find_spec
+
+    spec = find_spec("torchvision")
+    if spec is None or find_spec("lpips") is None:
+        raise UserError(
+            "LPIPS needs the packages lpips and torchvision: pip install -c constraints.txt '.[metrics]'"
+        )
+    if _stub is None and not _operators_load(Path(spec.origin).parent):
+        _stub = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _stub.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import lpips
+
+    return lpips
+
+
+def _operators_load(folder: Path) -> bool:
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
+        try:
+            torch.ops.load_library(library)
+            return True
+        except OSError:
+            continue
+    return False
