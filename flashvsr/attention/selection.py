@@ -1,0 +1,149 @@
+"""Which key blocks each query block attends to.
+
+Queries and keys are mean-pooled per block; per head, P = softmax(q.k / sqrt(d)) over the blocks of all
+visible chunks, locally forbidden pairs at 0; then per head and query chunk, over its n pairs (s^2 times the
+visible chunks, counted before locality), the pairs above the (k+1)-th largest P stay,
+k = max(1, min(int(s*s*ratio) - 1, n - 1)). One budget for a whole chunk: rows differ in length and may
+be empty. No gradient passes. Source: released code; DESIGN section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashvsr.models.norm import widen
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen key blocks in compressed rows.
+
+    counts: int32 `B heads Q`, key blocks per query block (0 allowed); columns: int16 flat, the key block
+    indices row after row; key_blocks: how many there are to choose from; block_tokens: tokens in a block.
+    """
+
+    counts: Tensor
+    columns: Tensor
+    key_blocks: int
+    block_tokens: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block_tokens: int) -> Selection:
+        """From a boolean `B heads Q K`."""
+        assert mask.shape[-1] < 2**15, "int16 holds the block indices"
+        columns = mask.nonzero()[:, -1].to(torch.int16)
+        return cls(mask.sum(-1, dtype=torch.int32), columns, mask.shape[-1], block_tokens)
+
+    def mask(self) -> Tensor:
+        """As a boolean `B heads Q K`."""
+        rows = self.counts.flatten()
+        mask = torch.zeros(rows.numel(), self.key_blocks, dtype=torch.bool, device=rows.device)
+        row = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), rows.long())
+        mask[row, self.columns.long()] = True
+        return mask.unflatten(0, self.counts.shape)
+
+    @property
+    def density(self) -> float:
+        """Chosen pairs over all pairs."""
+        return self.columns.numel() / (self.counts.numel() * self.key_blocks)
+
+
+def pool(x: Tensor, block_tokens: int) -> Tensor:
+    """Mean over each block: `B heads T d` -> `B heads T/block_tokens d`, at least float32."""
+    return widen(x).unflatten(2, (-1, block_tokens)).mean(3)
+
+
+def local_window(rows: int, columns: int, size: int, boundary: str = "truncated") -> Tensor:
+    """Which blocks of a `rows x columns` grid see which: boolean `rows*columns rows*columns`.
+
+    Block row r sees r - size//2 ... r - size//2 + size - 1, columns alike: clipped at the border
+    ("truncated", as the release) or shifted inside ("preserved").
+    """
+
+    def axis(n: int) -> Tensor:
+        first = torch.arange(n) - size // 2
+        if boundary == "preserved":
+            first = first.clamp(0, max(n - size, 0))
+        offset = torch.arange(n)[None] - first[:, None]
+        return (offset >= 0) & (offset < size)
+
+    both = axis(rows)[:, None, :, None] & axis(columns)[None, :, None, :]
+    return both.reshape(rows * columns, rows * columns)
+
+
+def causal_chunks(chunks: int, window: int, *, image_last: bool = False) -> Tensor:
+    """Which chunks see which, boolean `chunks chunks`: chunk i sees i - window + 1 ... i, and the first
+    three see each other fully, whatever the window. `image_last` isolates the last chunk (an image)."""
+    i = torch.arange(chunks)
+    seen = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+    seen[:3, :3] = True
+    if image_last:
+        seen[-1], seen[:, -1] = False, False
+        seen[-1, -1] = True
+    return seen
+
+
+def budget(per_chunk: int, pairs: int, ratio: float) -> int:
+    """k of the rule above, for `per_chunk` = s blocks in a chunk and `pairs` = n."""
+    return max(1, min(int(per_chunk * per_chunk * ratio) - 1, pairs - 1))
+
+
+@torch.no_grad()
+def choose(
+    q: Tensor, k: Tensor, *, per_chunk: int, ratio: float | None, local: Tensor | None = None
+) -> Tensor:
+    """The pairs kept by one query chunk: boolean `B heads s K`.
+
+    q: pooled queries of the chunk `B heads s d`; k: pooled keys of all visible chunks `B heads K d`, time
+    order; local: allowed pairs `s s`, the same for every visible chunk; ratio None keeps every legal pair.
+    """
+    keys = k.shape[2]
+    legal = None if local is None else local.repeat(1, keys // per_chunk)
+    if ratio is None:
+        everything = torch.ones(*q.shape[:3], keys, dtype=torch.bool, device=q.device)
+        return everything if legal is None else everything & legal
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if legal is not None:
+        scores = scores.masked_fill(~legal, -torch.inf)
+    p = scores.softmax(-1)
+    flat = p.flatten(-2)
+    keep = budget(per_chunk, flat.shape[-1], ratio)
+    if keep >= flat.shape[-1]:
+        return p > 0
+    threshold = flat.topk(keep + 1, dim=-1, sorted=True).values[..., -1]
+    return p > threshold[..., None, None]
+
+
+@torch.no_grad()
+def select(
+    q: Tensor,
+    key_chunks: Callable[[Sequence[int]], Tensor],
+    visible: Sequence[Sequence[int]],
+    columns_of: Sequence[int],
+    *,
+    key_blocks: int,
+    per_chunk: int,
+    block_tokens: int,
+    ratio: float | None,
+    local: Tensor | None = None,
+) -> Selection:
+    """Chooses for every query chunk.
+
+    q: pooled queries `B heads (chunks s) d`; visible: per query chunk, the visible key chunks in time
+    order; `key_chunks(list)` gives their pooled keys; `columns_of[chunk]` is the first key block of a
+    chunk in the key tensor handed to attention (a ring need not be in time order).
+    """
+    b, heads, blocks, _ = q.shape
+    mask = torch.zeros(b, heads, blocks, key_blocks, dtype=torch.bool, device=q.device)
+    offsets = torch.arange(per_chunk, device=q.device)
+    for i, chunks in enumerate(visible):
+        rows = slice(i * per_chunk, (i + 1) * per_chunk)
+        kept = choose(q[:, :, rows], key_chunks(chunks), per_chunk=per_chunk, ratio=ratio, local=local)
+        columns = torch.cat([columns_of[c] + offsets for c in chunks])
+        mask[:, :, rows, columns] = kept
+    return Selection.from_mask(mask, block_tokens)

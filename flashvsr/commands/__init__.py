@@ -1,0 +1,1 @@
+"""What `python -m flashvsr COMMAND` runs, one file per command."""

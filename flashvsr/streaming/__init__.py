@@ -1,0 +1,1 @@
+"""Streaming inference: the state of one stream, the upscaler around it, colours."""

@@ -1,0 +1,128 @@
+"""The whole state of one tile of one stream, and its one step.
+
+A step takes LR frames at output size (4n+1 in the first call, n <= 6 latents; 4n later), runs projector,
+one-step DiT and decoder, corrects colours, and gives 4n-3 frames first and 4n later: the model looks four
+LR frames ahead. Nothing in here grows with time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashvsr.attention.plans import CachedStreaming, training_ratio
+from flashvsr.attention.ring import Ring
+from flashvsr.attention.selection import local_window
+from flashvsr.base.cli import UserError
+from flashvsr.base.draws import generator
+from flashvsr.models.denoiser import Denoiser
+from flashvsr.models.tc_decoder import TCDecoder
+from flashvsr.models.wan_vae import WanVAE
+from flashvsr.streaming.color import correct
+
+LOOK_AHEAD = 4  # LR frames the projector reads beyond the frames of a latent
+FIRST_LATENTS, STEP_LATENTS = 6, 2
+LATENT_PIXELS, TOKEN_PIXELS = 8, 16
+
+Noise = Callable[[int, tuple[int, int, int]], Tensor]  # latent index, (16, h, w) -> float32 tensor
+
+
+def seeded_noise(seed: int) -> Noise:
+    """Noise of latent i from (seed, i) alone, however frames are pushed."""
+    return lambda index, shape: torch.randn(shape, generator=generator(seed, "stream.noise", index))
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a stream selects, remembers, decodes and colours; see `StreamingUpscaler`."""
+
+    sparse_ratio: float | None = 2.0
+    area: int = 768 * 1280
+    kv_chunks: int = 3
+    local_range: int | None = 11
+    boundary: str = "truncated"
+    color_fix: str = "adain"
+    attention: str = "auto"
+
+
+class Stream:
+    """One clip, batch 1 or more, of fixed output size.
+
+    `decoder` is a TCDecoder (conditioned on the LR frames) or a WanVAE (its frames are clamped before the
+    colour correction).
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, decoder: TCDecoder | WanVAE, settings: StreamSettings, noise: Noise
+    ):
+        self.denoiser, self.decoder, self.settings, self.noise = denoiser, decoder, settings, noise
+        self.next_latent = 0
+        self.projector_memory = None
+        self.decoder_memory = None
+        self.pending: Tensor | None = None  # LR frames whose latents are still to come
+        self.ring: Ring | None = None
+        self.local: Tensor | None = None
+
+    def _begin(self, rows: int, columns: int) -> None:
+        config, s = self.denoiser.dit.config, self.settings
+        blocks = (rows // config.block[1], columns // config.block[2])
+        per_chunk = blocks[0] * blocks[1]
+        block_tokens = config.block[0] * config.block[1] * config.block[2]
+        self.ring = Ring(s.kv_chunks, config.layers, per_chunk * block_tokens, per_chunk)
+        if s.local_range is not None:
+            self.local = local_window(*blocks, s.local_range, s.boundary).to(
+                self.denoiser.dit.patch_embedding.weight.device
+            )
+
+    def plan(self, latents: int, height: int, width: int) -> CachedStreaming:
+        """The attention plan of the next `latents` at an output size in pixels."""
+        config, s = self.denoiser.dit.config, self.settings
+        grid = (latents, height // TOKEN_PIXELS, width // TOKEN_PIXELS)
+        if self.ring is None:
+            self._begin(grid[1], grid[2])
+        return CachedStreaming(
+            grid,
+            self.next_latent,
+            self.ring,
+            block=config.block,
+            head_dim=config.head_dim,
+            ratio=training_ratio(s.sparse_ratio, s.area, height, width),
+            local=self.local,
+            backend=s.attention,
+            device=self.denoiser.dit.patch_embedding.weight.device,
+        )
+
+    def denoise(self, lr: Tensor) -> Tensor:
+        """LR frames `B 3 F H W` in [-1,1] -> latents `B 16 n h w` (z = noise - velocity at sigma 1)."""
+        if self.next_latent == 0 and lr.shape[2] > 4 * FIRST_LATENTS + 1:
+            raise UserError(f"the first call takes at most {4 * FIRST_LATENTS + 1} LR frames")
+        features, self.projector_memory = self.denoiser.lr_projector(lr, self.projector_memory)
+        batch, n = lr.shape[0], features[0].shape[1]
+        height, width = lr.shape[-2:]
+        plan = self.plan(n, height, width)
+        channels = self.denoiser.dit.config.in_channels
+        shape = (channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
+        noise = torch.stack([self.noise(self.next_latent + i, shape) for i in range(n)], 1)
+        noise = noise.to(lr.device, lr.dtype).expand(batch, -1, -1, -1, -1)
+        sigma = torch.ones(batch, 1, device=lr.device)
+        (v,) = self.denoiser([noise], sigma, plan, features=[[f] for f in features])
+        self.ring.advance(plan.chunks)
+        self.next_latent += n
+        return noise - v.to(noise.dtype)
+
+    @torch.no_grad()
+    def step(self, lr: Tensor) -> Tensor:
+        """LR frames at output size, `B 3 F H W` in [-1,1] -> SR frames, clamped."""
+        latent = self.denoise(lr)
+        frames_in = lr if self.pending is None else torch.cat([self.pending, lr], 2)
+        count = frames_in.shape[2] - LOOK_AHEAD
+        reference, self.pending = frames_in[:, :, :count], frames_in[:, :, count:]
+        if isinstance(self.decoder, TCDecoder):
+            sr, self.decoder_memory = self.decoder(latent, reference, self.decoder_memory)
+        else:
+            sr, self.decoder_memory = self.decoder.decode(latent, self.decoder_memory)
+            sr = sr.clamp(-1, 1)
+        return correct(sr.to(reference.dtype), reference, self.settings.color_fix)

@@ -1,0 +1,1 @@
+"""Model folders: recognising, loading, mapping names, exporting."""
