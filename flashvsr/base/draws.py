@@ -53,8 +53,8 @@ class Draw:
     def normal(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal, float32 on the CPU, [len(ids), *shape]."""
         out = np.empty((len(self.ids), *shape), np.float32)
-        for row, rng in zip(out, self._rows(name), strict=True):
-            row[...] = rng.standard_normal(tuple(shape), dtype=np.float32)
+        for i, rng in enumerate(self._rows(name)):
+            out[i] = rng.standard_normal(tuple(shape), dtype=np.float32)
         return torch.from_numpy(out)
 
     def uniform(

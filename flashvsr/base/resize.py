@@ -19,17 +19,18 @@ def bicubic_8bit(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Pillow's bicubic on 8-bit pixels: uint8 [..., H, W] -> uint8 [..., h, w], `size` = (h, w).
 
     Width first, then height, each pass rounded to 8 bits; antialiased when shrinking. Within one level of
-    `PIL.Image.resize(..., BICUBIC)` on every device.
+    `PIL.Image.resize(..., BICUBIC)` on every device (recent Pillow takes the height first where only the
+    height shrinks: there it is the two passes that agree). TypeError when `x` is not uint8.
     """
     if x.dtype != torch.uint8:
         raise TypeError(f"bicubic_8bit takes uint8 pixels, not {x.dtype}")
-    height, width = size
+    height, width = size = tuple(size)
     if (height, width) == tuple(x.shape[-2:]) or x.numel() == 0:
         return x.new_empty(*x.shape[:-2], height, width) if x.numel() == 0 else x.clone()
     if x.device.type == "cpu":
         planes = x.reshape(-1, *x.shape[-2:])
-        # Three planes travel together: torch's fast 8-bit path takes RGB pictures.
-        group = 3 if planes.shape[0] % 3 == 0 else 1
+        # Three planes travel together: torch's fast 8-bit path takes RGB pictures (but fails on 1x1 results).
+        group = 3 if planes.shape[0] % 3 == 0 and size != (1, 1) else 1
         pictures = planes.reshape(-1, group, *planes.shape[-2:])
         out = F.interpolate(pictures, size=(height, width), mode="bicubic", antialias=True)
         return out.reshape(*x.shape[:-2], height, width)
