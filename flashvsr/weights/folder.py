@@ -110,7 +110,10 @@ def save_model(
     """
     config = replace(config, lr_projector=replace(config.lr_projector, mode=info.projector_mode))
     if isinstance(vae, WanVAE):
-        mean, std = (tuple(b.double().tolist()) for b in (vae.latents_mean, vae.latents_std))
+        # float32's shortest decimals: the same values when read back, and readable
+        mean, std = (
+            tuple(float(str(x)) for x in b.float().cpu().numpy()) for b in (vae.latents_mean, vae.latents_std)
+        )
         config = replace(config, vae=replace(config.vae, mean=mean, std=std))
     parts = {"dit": dit, "lr_projector": lr_projector, "tc_decoder": tc_decoder, "vae": vae}
     given = {part: _plain(state) for part, state in parts.items() if state is not None}
