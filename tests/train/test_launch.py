@@ -1,0 +1,170 @@
+"""Processes of a run: collectives, a rank that dies, signals agreed by all ranks, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashvsr.base.cli import UserError
+from train import launch
+from train.launch import REQUEUE, World, init_group, processes, spawn
+from train.preemption import StopSignal
+
+ROOT = Path(__file__).parents[2]
+
+# Steps until told to stop; every rank writes where it stopped and why.
+STEPS = """
+import pathlib, sys, time
+from train.launch import REQUEUE, init_group, teardown
+from train.preemption import StopSignal
+out = pathlib.Path(sys.argv[1])
+world = init_group("cpu")
+with StopSignal() as stop:
+    for step in range(10**6):
+        time.sleep(0.01)
+        if step == 3:
+            (out / f"running{world.rank}").write_text(str(__import__("os").getpid()))
+        if stop.requested(world):
+            break
+(out / f"stopped{world.rank}").write_text(f"{step} {stop.name}")
+teardown()
+sys.exit(REQUEUE)
+"""
+
+COLLECTIVES = """
+import pathlib, sys, torch
+from train.launch import init_group, teardown
+world = init_group("cpu")
+value = torch.tensor([1.0 + world.rank, -world.rank])
+total, top = world.all_reduce_sum(value.clone()), world.all_reduce_max(value.clone())
+world.barrier()
+(pathlib.Path(sys.argv[1]) / f"rank{world.rank}").write_text(f"{world.size} {total.tolist()} {top.tolist()}")
+teardown()
+"""
+
+DYING = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)
+"""
+
+LAUNCHER = "import sys\nfrom train.launch import spawn\nsys.exit(spawn(sys.argv[2:], 2, module=sys.argv[1]))"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a worker's module where child processes find it, and gives its name."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def write(code):
+        (tmp_path / "worker.py").write_text(textwrap.dedent(code))
+        return "worker"
+
+    return write
+
+
+def wait_for(*paths, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < end, f"{[p.name for p in paths]} never appeared"
+        time.sleep(0.01)
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_how_many_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (processes(None), processes(3)) == (1, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert (processes(None), processes(3), processes(None, "cpu"), processes(9, "cpu")) == (8, 3, 1, 9)
+    with pytest.raises(UserError, match="9 processes.*8 GPUs"):
+        processes(9)
+    with pytest.raises(UserError, match="0 processes"):
+        processes(0)
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = init_group("cpu")
+    assert (world.rank, world.size, world.is_main, world.device) == (0, 1, True, torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+    assert world.all_reduce_sum(torch.tensor(2.0)) == 2.0
+    world.barrier()
+
+
+def test_two_ranks_reduce_and_end_cleanly(module, tmp_path, capfd):
+    assert spawn([str(tmp_path)], 2, module=module(COLLECTIVES)) == 0
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == "2 [3.0, -1.0] [2.0, 0.0]"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_dying_rank_is_named_and_ends_the_others(module, monkeypatch, capfd):
+    assert launch.GRACE_SECONDS < 9  # the others are gone within 10 s
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.3)
+    begun = time.monotonic()
+    assert spawn([], 2, module=module(DYING)) == 3
+    assert time.monotonic() - begun < 5
+    assert "rank 1 of 2 ended with exit code 3" in capfd.readouterr().err
+
+
+def test_a_signal_to_one_rank_or_to_the_launcher_stops_all_at_one_step(module, tmp_path):
+    module(STEPS)
+    for name, to_launcher in (("SIGUSR1", False), ("SIGTERM", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        running, stopped = ([folder / f"{what}{rank}" for rank in (0, 1)] for what in ("running", "stopped"))
+        with subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "worker", folder], stderr=subprocess.DEVNULL
+        ) as process:
+            wait_for(*running)
+            target = process.pid if to_launcher else int(running[1].read_text())
+            os.kill(target, signal.Signals[name])
+        assert process.returncode == REQUEUE
+        steps = [path.read_text() for path in stopped]
+        assert steps[0] == steps[1] and steps[0].endswith(name)
+
+
+def test_a_killed_launcher_takes_its_ranks_along(module, tmp_path):
+    module(STEPS)
+    running = [tmp_path / f"running{rank}" for rank in (0, 1)]
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, "worker", tmp_path]) as process:
+        wait_for(*running)
+        process.kill()
+    end = time.monotonic() + 5
+    while not all(gone(int(path.read_text())) for path in running):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_same_signal_later_exits_at_once(monkeypatch):
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    clock = iter([0.0, 0.2, 0.4, 1.5, 1.6])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    world = World(0, 1, 0, torch.device("cpu"))
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        assert not stop.requested(world) and stop.name is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # an echo of the same request
+        signal.raise_signal(signal.SIGTERM)  # another signal asks for the same
+        assert stop.requested(world) and stop.name == "SIGINT" and exits == []
+        signal.raise_signal(signal.SIGINT)
+        assert exits == [130]
+    assert signal.getsignal(signal.SIGINT) is before

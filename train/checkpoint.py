@@ -1,0 +1,215 @@
+"""Checkpoints: complete or absent, hashed, and strict about every item on the way back.
+
+    FOLDER/step-000040/
+        student.safetensors  student.optimizer.safetensors  student.ema.safetensors   one file per part
+        state.json       what is not a tensor: stage, sample counter, resolved config, ...
+        manifest.json    format version, size and SHA-256 of every other file; written last
+
+A checkpoint is written beside its place and renamed, so a reader sees all of it or nothing. Optimiser state
+is whole and keyed by parameter name, so that any world size can read it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW
+
+from flashvsr.base.cli import UserError
+from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+# What AdamW keeps per parameter; "step" is there from the start, the moments from the first gradient on.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(
+    folder: Path,
+    step: int,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Writes `folder`/step-NNNNNN and removes what it replaces; returns its path.
+
+    After success the newest `keep_last` checkpoints up to this step stay. A later one belongs to a future
+    that was given up by resuming from an earlier step; it is removed too, or it would be resumed from next.
+    `meta` must hold "stage" and be JSON; only the main rank calls this, with whole tensors.
+    """
+    assert "stage" in meta and keep_last >= 1, (meta.keys(), keep_last)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder)
+    path = folder / f"step-{step:06d}"
+    with atomic_dir(path, replace=True) as aside:
+        for part, tensors in parts.items():
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, aside / f"{part}.safetensors")
+        write_json(aside / STATE, {**meta, "step": step})
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())}
+        write_json(aside / MANIFEST, {"format": FORMAT, "parts": list(parts), "files": files})
+    older = [p for s, p in reversed(_steps(folder)) if s <= step]
+    for _, other in _steps(folder):
+        if other not in older[:keep_last]:
+            shutil.rmtree(other)
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of `folder`, or None; a torn one is skipped with a sentence."""
+    for _, path in reversed(_steps(folder)):
+        if (torn := _torn(path)) is None:
+            return path
+        print(f"skipping the incomplete checkpoint {path}: {torn}", file=sys.stderr)
+    return None
+
+
+class Restored:
+    """A verified checkpoint being taken apart: every part must be taken, and `finish` called after the last.
+
+    `meta` is what `save` was given, with "step".
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any], parts: list[str], map_location: str) -> None:
+        self.path, self.meta, self.step = path, meta, int(meta["step"])
+        self._left, self._map_location = list(parts), map_location
+
+    def take(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one part by name; UserError when it is not there (or was taken already)."""
+        if part not in self._left:
+            there = ", ".join(self._left) or "nothing"
+            raise UserError(
+                f"{self.path} has no part {part!r} left, only {there}: it was made by another setting"
+            )
+        self._left.remove(part)
+        return load_file(self.path / f"{part}.safetensors", device=self._map_location)
+
+    def finish(self) -> None:
+        """UserError when a part was saved that nobody took."""
+        if self._left:
+            raise UserError(
+                f"{self.path} holds {', '.join(self._left)}, which this run does not use: "
+                "resume with the setting it was made by, or start with resume=never"
+            )
+
+
+def load(path: Path, map_location: str = "cpu", *, stage: str | None = None) -> Restored:
+    """Opens a checkpoint after checking every byte of it against its manifest.
+
+    Raises:
+        UserError: not a checkpoint, another format version, another stage than `stage`, or a damaged file.
+    """
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}: "
+            "use the version that wrote it"
+        )
+    if torn := _torn(path):
+        raise UserError(f"{path} is incomplete ({torn}): resume from another checkpoint")
+    for name, entry in manifest["files"].items():
+        if sha256(path / name) != entry["sha256"]:
+            raise UserError(
+                f"{path / name} does not match its hash: it is damaged, resume from another checkpoint"
+            )
+    meta = read_json(path / STATE)
+    if stage is not None and meta["stage"] != stage:
+        raise UserError(f"{path} is a checkpoint of stage {meta['stage']!r}, not of {stage!r}")
+    return Restored(path, meta, manifest["parts"], map_location)
+
+
+def optimizer_tensors(optimizer: AdamW, named_params: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """AdamW's whole state as `<parameter>/step`, `<parameter>/exp_avg`, `<parameter>/exp_avg_sq`.
+
+    A parameter that has had no gradient yet has only its step, 0. Learning rate, betas and weight decay are
+    the config's, not the state's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, param in _optimized(optimizer, named_params).items():
+        state = optimizer.state.get(param, {})
+        tensors[f"{name}/step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).detach()
+        tensors.update({f"{name}/{key}": state[key].detach() for key in MOMENTS if key in state})
+    return tensors
+
+
+@torch.no_grad()
+def load_optimizer(
+    optimizer: AdamW, named_params: Mapping[str, Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Restores what `optimizer_tensors` gave, bit for bit, onto the parameters' devices and memory layouts.
+
+    Raises:
+        UserError: a tensor too many, too few or of another shape; nothing is changed then.
+    """
+    params = _optimized(optimizer, named_params)
+    states: dict[Parameter, dict[str, Tensor]] = {}
+    left = dict(tensors)
+    for name, param in params.items():
+        steps = left.pop(f"{name}/step", None)
+        if steps is None:
+            raise UserError(f"the saved optimiser has no state of {name!r}: it trained other parameters")
+        if steps.item() == 0:
+            continue
+        # The fused kernels want the count on the parameter's device, the others on the CPU.
+        state = {"step": steps.to(param.device if optimizer.defaults["fused"] else "cpu", copy=True)}
+        for key in MOMENTS:
+            moment = left.pop(f"{name}/{key}", None)
+            if moment is None or moment.shape != param.shape:
+                shape = "absent" if moment is None else str(tuple(moment.shape))
+                raise UserError(f"the saved optimiser's {name}/{key} is {shape}, not {tuple(param.shape)}")
+            state[key] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
+        states[param] = state
+    if left:
+        raise UserError(
+            f"the saved optimiser has {next(iter(left))!r}, which is not trained here ({len(left)} too many)"
+        )
+    optimizer.state.clear()
+    optimizer.state.update(states)
+
+
+def _optimized(optimizer: AdamW, named_params: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The parameters the optimiser steps, by name, in the order of `named_params`."""
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    params = {name: p for name, p in named_params.items() if p in stepped}
+    assert len(params) == len(stepped), "an optimised parameter has no name, or two"
+    return params
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders by step, complete or not, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _torn(path: Path) -> str | None:
+    """What is wrong with a checkpoint as far as names and sizes tell, or None."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        files = read_json(path / MANIFEST)["files"]
+    except (UserError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != entry["bytes"]:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
+    return None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what killed saves left; there is one writer per run directory (`train.lock`)."""
+    for path in folder.glob(".step-*.part"):
+        shutil.rmtree(path)
