@@ -1,7 +1,7 @@
 """The fixed prompt: one text embedding that goes with a model and never changes.
 
 FlashVSR was trained with a single prompt, whose embedding travels in `posi_prompt.pth`. A model trained from
-scratch has no text encoder and needs none: any fixed embedding will do, because it is all the model ever sees.
+scratch has no text encoder and needs none: any fixed embedding will do, it is all the model ever sees.
 """
 
 from __future__ import annotations
