@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashvsr.attention.plans import CachedStreaming, training_ratio
 from flashvsr.attention.ring import Ring
@@ -33,6 +33,27 @@ Noise = Callable[[int, tuple[int, int, int]], Tensor]  # latent index, (16, h, w
 def seeded_noise(seed: int) -> Noise:
     """Noise of latent i from (seed, i) alone, however frames are pushed."""
     return lambda index, shape: torch.randn(shape, generator=generator(seed, "stream.noise", index))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights. LR frames, latents and colours stay float32 around all of them."""
+    return next(module.parameters()).dtype
+
+
+def decode(
+    decoder: TCDecoder | WanVAE, latent: Tensor, reference: Tensor, color_fix: str, memory: tuple | None
+) -> tuple[Tensor, tuple]:
+    """Latents `B 16 n h w` and their LR frames `B 3 F H W` -> colour-corrected frames, clamped; memory.
+
+    F = 4n-3 in the first call (`memory=None`), 4n later. VAE frames are clamped before the correction.
+    """
+    latent = latent.to(dtype_of(decoder))
+    if isinstance(decoder, TCDecoder):
+        sr, memory = decoder(latent, reference, memory)
+    else:
+        sr, memory = decoder.decode(latent, memory)
+        sr = sr.clamp(-1, 1)
+    return correct(sr.to(reference.dtype), reference, color_fix), memory
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,8 @@ class Stream:
         """LR frames `B 3 F H W` in [-1,1] -> latents `B 16 n h w` (z = noise - velocity at sigma 1)."""
         if self.next_latent == 0 and lr.shape[2] > 4 * FIRST_LATENTS + 1:
             raise UserError(f"the first call takes at most {4 * FIRST_LATENTS + 1} LR frames")
-        features, self.projector_memory = self.denoiser.lr_projector(lr, self.projector_memory)
+        projector = self.denoiser.lr_projector
+        features, self.projector_memory = projector(lr.to(dtype_of(projector)), self.projector_memory)
         batch, n = lr.shape[0], features[0].shape[1]
         height, width = lr.shape[-2:]
         plan = self.plan(n, height, width)
@@ -120,9 +142,7 @@ class Stream:
         frames_in = lr if self.pending is None else torch.cat([self.pending, lr], 2)
         count = frames_in.shape[2] - LOOK_AHEAD
         reference, self.pending = frames_in[:, :, :count], frames_in[:, :, count:]
-        if isinstance(self.decoder, TCDecoder):
-            sr, self.decoder_memory = self.decoder(latent, reference, self.decoder_memory)
-        else:
-            sr, self.decoder_memory = self.decoder.decode(latent, self.decoder_memory)
-            sr = sr.clamp(-1, 1)
-        return correct(sr.to(reference.dtype), reference, self.settings.color_fix)
+        sr, self.decoder_memory = decode(
+            self.decoder, latent, reference, self.settings.color_fix, self.decoder_memory
+        )
+        return sr
