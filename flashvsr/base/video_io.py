@@ -247,7 +247,7 @@ def _times(source: Source, start: int) -> list[tuple[int, bool]] | None:
 def _seek(
     container: Any, stream: Any, frames: Iterator, times: list[tuple[int, bool]]
 ) -> tuple[int, Any] | None:
-    """Seek to the last keyframe of `times`; (number, frame) of the first frame, or None when it went wrong."""
+    """Seek to the last keyframe of `times`; (number, frame) of what comes first, None if that fails."""
     number = {time: k for k, (time, _) in enumerate(times)}
     key = max(k for k, (_, is_key) in enumerate(times) if is_key)
     container.seek(times[key][0], stream=stream)
@@ -355,8 +355,8 @@ class VideoWriter:
 
         try:
             yield
-        except (av.error.FFmpegError, av.codec.codec.UnknownCodecError) as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        except (av.error.FFmpegError, ValueError) as error:  # an unknown codec is a ValueError
+            reason = getattr(error, "strerror", None) or str(error)
             what = f"{self._codec_name()} at {self.width}x{self.height}"
             raise UserError(
                 f"{self.path}: writing {what} failed ({reason}); libx264 in .mp4 works"
