@@ -283,6 +283,15 @@ class WanVAE(nn.Module):
         x, memory = self._run(self.decoder, self.conv2.taps(raw.transpose(1, 2)), memory)
         return x.transpose(1, 2), memory
 
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training's autoencoder: a posterior sample decoded. -> reconstruction, mean, log variance.
+
+        video: `B 3 F H W` in [-1,1]; noise: standard normal of the latent's shape.
+        """
+        mean, logvar, _ = self.posterior(video)
+        sample = mean + (0.5 * logvar).exp() * noise
+        return self.decode(self.normalise(sample))[0], mean, logvar
+
     def normalise(self, mean: Tensor) -> Tensor:
         """Posterior mean `B 16 n h w` -> normalised latent."""
         return (mean - self._column(self.latents_mean, mean)) / self._column(self.latents_std, mean)

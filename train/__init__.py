@@ -1,0 +1,1 @@
+"""Training: stages, loop, losses, engines, checkpoints."""

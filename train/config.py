@@ -1,0 +1,316 @@
+"""What a run is: the dataclasses of its configuration, and how the command line becomes them.
+
+Hydra composes YAML only; `flashvsr.base.cli.build` makes frozen dataclasses of the result once. Hydra takes neither
+`stage=1` nor `stage=1..3`, so both are rewritten first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flashvsr.base.cli import UserError, build
+from flashvsr.config import PRESETS
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+STAGES = {
+    "vae": "vae",
+    "teacher": "stage1",
+    "sparse_causal": "stage2",
+    "one_step": "stage3",
+    "decoder": "decoder",
+}
+NUMBERS = {"1": "teacher", "2": "sparse_causal", "3": "one_step"}
+
+
+@dataclass(frozen=True)
+class VaeStage:
+    name: Literal["vae"]
+    crop: int  # output pixels of the square training crop
+    latents: int  # of a clip
+    mse: float
+    lpips: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class TeacherStage:
+    name: Literal["teacher"]
+    projector_mode: Literal["clip", "causal"]
+    lora_rank: int  # 0 trains all weights
+    lora_targets: tuple[str, ...]
+    validation_steps: int  # of the sampler
+
+
+@dataclass(frozen=True)
+class SparseCausalStage:
+    name: Literal["sparse_causal"]
+    sparse_ratio: float | None
+    random_window: bool
+    random_history: bool
+    lora_rank: int
+    lora_targets: tuple[str, ...]
+    validation_steps: int
+
+
+@dataclass(frozen=True)
+class OneStepLoss:
+    dmd: float
+    mse: float
+    lpips: float
+
+
+@dataclass(frozen=True)
+class OneStepStage:
+    name: Literal["one_step"]
+    sparse_ratio: float | None
+    random_window: bool
+    random_history: bool
+    student_every: int
+    dmd_range: tuple[float, float]  # of u before the shift
+    loss: OneStepLoss
+    fake_lr: float
+    pixel_latents: int  # decoded with gradient
+    lora_rank: int
+    lora_targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DecoderStage:
+    name: Literal["decoder"]
+    mse: float
+    lpips: float
+    vae_mse: float
+    vae_lpips: float
+    window: int  # latents decoded with gradient
+
+
+Stage = VaeStage | TeacherStage | SparseCausalStage | OneStepStage | DecoderStage
+_STAGE_CLASSES: dict[str, type] = {
+    "vae": VaeStage,
+    "teacher": TeacherStage,
+    "sparse_causal": SparseCausalStage,
+    "one_step": OneStepStage,
+    "decoder": DecoderStage,
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    shards: str
+    latents_per_clip: int
+    height: int
+    width: int
+    images: int  # stage 1: packed beside each video
+    short_side: int | None
+    slots: int | None
+    val_slots: int
+    latents: Literal["auto", "off"]  # auto: encode once, write runs/NAME/latents-<hash>/ (needs slots)
+    workers: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup: int
+    schedule: Literal["constant", "cosine"]
+    clip: float
+    ema: float  # decay; 0 keeps none
+
+
+@dataclass(frozen=True)
+class Parallel:
+    kind: Literal["ddp"]
+    processes: int | None
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int
+    wandb: bool
+    project: str
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Degrade:
+    preset: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    preset: str
+    lpips_net: Literal["alex", "vgg"]
+    train: dict[str, Any]  # sizes per stage, where the keys below read them
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of one run. Every key is documented where it stands: configs/train.yaml."""
+
+    stage: Stage
+    scale: Scale
+    data: Data
+    degrade: Degrade
+    parallel: Parallel
+    log: Log
+    optim: Optim
+    run: str
+    runs_dir: str
+    seed: int
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    save_every: int
+    validate_every: int
+    keep_last: int
+    resume: Literal["auto", "never", "force"]
+    init: str | None
+    teacher: str | None
+    prompt: str | None
+    device: str
+    precision: Literal["fp32", "bf16"]
+    checkpointing: bool
+    expect: float
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.run
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.run_dir / STAGES[self.stage.name]
+
+    def check(self) -> None:
+        """What the types cannot say. Raises UserError."""
+        if self.scale.preset not in PRESETS:
+            raise UserError(f"scale.preset={self.scale.preset!r} is unknown; there are {', '.join(PRESETS)}")
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}; change one of them"
+            )
+        if min(self.steps, self.save_every, self.validate_every, self.micro_batch_size) < 1:
+            raise UserError("steps, save_every, validate_every and micro_batch_size must be at least 1")
+        if self.data.latents_per_clip % 2:
+            raise UserError(
+                f"data.latents_per_clip={self.data.latents_per_clip} must be even: a chunk is 2 latents"
+            )
+
+
+def rewrite(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits off the stages: `["stage=1..3", "seed=1"]` -> (["teacher", ...], ["seed=1"])."""
+    stages, rest = ["teacher"], []
+    given = [a for a in argv if a.startswith("stage=")]
+    if not given:
+        raise UserError("say which stage to train: stage=vae, 1, 2, 3, 1..3 or decoder")
+    for arg in argv:
+        if arg.startswith("stage="):
+            stages = _stages(arg.removeprefix("stage="))
+        else:
+            rest.append(arg)
+    return stages, rest
+
+
+def _stages(text: str) -> list[str]:
+    first, dots, last = text.partition("..")
+    names = [NUMBERS.get(part, part) for part in ((first, last) if dots else (first,))]
+    for given, name in zip((first, last), names, strict=False):
+        if name not in STAGES or (dots and name not in NUMBERS.values()):
+            raise UserError(
+                f"stage={text}: {given!r} is no stage; there are vae, 1, 2, 3, ranges like 1..3, decoder"
+            )
+    if not dots:
+        return names
+    order = list(NUMBERS.values())
+    chosen = order[order.index(names[0]) : order.index(names[1]) + 1]
+    if not chosen:
+        raise UserError(f"stage={text} is empty: write the lower number first")
+    return chosen
+
+
+def compose(stage: str, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration of one stage. Raises UserError for an unknown key, group or value."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            composed = hydra_compose("train", [f"stage={stage}", *overrides])
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error, overrides)) from None
+    return from_dict(values)
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message as one line, with the nearest key where a key is unknown."""
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__ or "").split())
+    if "not in struct" in text + cause or "Could not override" in text:
+        import difflib
+
+        known = sorted(_known_keys())
+        for override in overrides:
+            key = override.split("=")[0].lstrip("+~")
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see configs/train.yaml for the keys"
+                return f"unknown key {key!r}; {hint}"
+    return text
+
+
+def _known_keys() -> set[str]:
+    """All dotted keys of a composed configuration, and the groups."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    keys: set[str] = {"recipe"}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key in node:
+            keys.add(f"{prefix}{key}")
+            if not OmegaConf.is_missing(node, key) and isinstance(node._get_node(key), DictConfig):
+                walk(node._get_node(key), f"{prefix}{key}.")
+
+    for stage in STAGES:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            walk(hydra_compose("train", [f"stage={stage}"]), "")
+    return keys
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """From a resolved mapping (`config.yaml` of a run folder)."""
+    values = dict(values)
+    stage = values.pop("stage")
+    if not isinstance(stage, Mapping) or stage.get("name") not in _STAGE_CLASSES:
+        raise UserError(f"stage={stage!r} is no stage configuration; there are {', '.join(_STAGE_CLASSES)}")
+    values["stage"] = build(_STAGE_CLASSES[stage["name"]], stage, "stage")
+    config = build(TrainConfig, values)
+    config.check()
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as text, readable by `from_dict`."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, Path) else value

@@ -1,0 +1,244 @@
+"""The one training loop. It takes turns over a stage's roles and never asks which stage it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from flashvsr.base.cli import UserError
+from flashvsr.base.draws import Draw
+from flashvsr.base.files import atomic, read_json
+from flashvsr.weights.folder import save_model
+from train import checkpoint
+from train.config import STAGES, TrainConfig, to_yaml
+from train.launch import REQUEUE, World
+from train.lock import run_lock
+from train.optim import lr_at
+from train.preemption import StopSignal
+from train.stages import make_stage
+from train.stages.shared import Inputs, Stage, relative
+from train.telemetry import Telemetry
+from train.turns import reduce
+from train.validate import Validation
+
+# Settings that may differ between a checkpoint and the run that continues it: they do not touch the maths.
+FREE = {
+    "runs_dir", "save_every", "validate_every", "keep_last", "resume", "log", "parallel", "micro_batch_size",
+    "checkpointing", "device", "expect", "data.workers",
+}  # fmt: skip
+
+
+def run(config: TrainConfig, world: World) -> int:
+    """Trains one stage to its end; returns the exit code (REQUEUE when told to stop)."""
+    if finished(config):
+        if world.is_main:
+            print(f"{STAGES[config.stage.name]} of run {config.run} is complete: nothing to do")
+        return 0
+    if not world.is_main:
+        return _train(config, world)
+    with run_lock(config.stage_dir):
+        return _train(config, world)
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether this stage already left its model, with all the steps asked for."""
+    path = config.stage_dir / "export" / "flashvsr.json"
+    if config.resume != "auto" or not path.exists():
+        return False
+    return read_json(path)["info"]["provenance"].get("steps") == config.steps
+
+
+def _train(config: TrainConfig, world: World) -> int:
+    stage = make_stage(config, world)
+    accumulation = _accumulation(config, world)
+    checkpoints = config.stage_dir / "checkpoints"
+    start = restore(stage, checkpoints)
+    wandb = None
+    if config.log.wandb:
+        wandb = {"project": config.log.project, "name": f"{config.run}-{STAGES[config.stage.name]}",
+                 "id": f"{config.run}-{config.stage.name}-{config.seed}", "config": asdict(config)}  # fmt: skip
+    telemetry = Telemetry(
+        config.stage_dir, STAGES[config.stage.name], config.steps,
+        every=config.log.every, quiet=config.log.quiet, wandb=wandb, main=world.is_main,
+    )  # fmt: skip
+    telemetry.truncate(start if start else -1)
+    if world.is_main:
+        _announce(stage, start, accumulation)
+        config.stage_dir.mkdir(parents=True, exist_ok=True)
+        with atomic(config.stage_dir / "config.yaml") as part:
+            part.write_text(to_yaml(config))
+    clips, validation = stage.clips("train"), Validation(stage)
+    if start == 0:
+        telemetry.val(0, validation(0))
+    batches = stage.batches(clips, start * config.global_batch_size)
+    step, stopped = start, False
+    with StopSignal() as stop:
+        while step < config.steps and not stopped:
+            begin = time.monotonic()
+            micros = [next(batches) for _ in range(accumulation)]
+            waited = time.monotonic() - begin
+            record = train_step(stage, micros, step)
+            step += 1
+            record |= {"counter": step * config.global_batch_size, "samples": config.global_batch_size}
+            record |= {"data_seconds": waited, "seconds": time.monotonic() - begin}
+            telemetry.train(step, record)
+            stopped = stop.requested(world) and step < config.steps
+            if step % config.validate_every == 0 or step == config.steps:
+                telemetry.val(step, validation(step))
+            if step % config.save_every == 0 or step == config.steps or stopped:
+                save(stage, checkpoints, step)
+    telemetry.close()
+    if stopped:
+        if world.is_main:
+            print(f"stopped at step {step} by {stop.name}; the same command continues from there")
+        return REQUEUE
+    if world.is_main:
+        path = save_model(config.stage_dir / "export", **stage.parts())
+        print(f"{STAGES[config.stage.name]} complete after {step} steps: {relative(path)}")
+    world.barrier()
+    return 0
+
+
+def train_step(stage: Stage, micros: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """One step: every turn goes over all micro-batches, then its role steps. Returns what to log."""
+    config, record = stage.config, {}
+    draws = [Draw(config.seed, step, micro["counters"].tolist()) for micro in micros]
+    inputs = [stage.prepare(micro, draw) for micro, draw in zip(micros, draws, strict=True)]
+    for role, loss in stage.turns(step):
+        engine = stage.roles[role]
+        record |= _accumulate(stage, role, loss, inputs, draws, step, micros)
+        o = config.optim
+        base = engine.optimizer.defaults["lr"]
+        lr = lr_at(step, base=base, warmup=o.warmup, total=config.steps, schedule=o.schedule)
+        norm = engine.step(lr)
+        record[f"grad_norm/{role}"] = norm
+        if role == stage.main:
+            record["lr"] = lr
+            if stage.ema is not None:
+                stage.ema.update(engine.trained())
+        if not math.isfinite(norm):
+            raise _broken(stage, f"the gradient of role {role}", step, micros)
+    return record
+
+
+def _accumulate(
+    stage: Stage,
+    role: str,
+    loss: Any,
+    inputs: Sequence[Inputs],
+    draws: Sequence[Draw],
+    step: int,
+    micros: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """Forward and backward of one turn; loss terms and gradient norms per term, over the global batch."""
+    engine, world = stage.roles[role], stage.world
+    sums: dict[str, torch.Tensor] = {}
+    for i, (one, draw) in enumerate(zip(inputs, draws, strict=True)):
+        with engine.accumulate(last=i == len(inputs) - 1):
+            reduced = reduce(loss(one, draw), stage.config.global_batch_size)
+            for name, value in reduced.values.items():
+                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + value
+            for name, value in reduced.squares.items():
+                sums[f"square/{name}"] = sums.get(f"square/{name}", 0) + value
+            engine.backward(reduced.surrogate)
+    names = sorted(sums)
+    values = torch.stack([sums[name] for name in names])
+    totals = dict(zip(names, world.all_reduce_sum(values.to(world.device)).tolist(), strict=True))
+    for name, value in totals.items():
+        if not math.isfinite(value):
+            raise _broken(stage, f"{name} of role {role}", step, micros)
+    record = {name: value for name, value in totals.items() if name.startswith("loss/")}
+    for name, value in totals.items():
+        if name.startswith("square/"):
+            record[f"term_grad/{name.removeprefix('square/')}"] = math.sqrt(value)
+    return record
+
+
+def _broken(stage: Stage, what: str, step: int, micros: Sequence[Mapping[str, Any]]) -> UserError:
+    ids = ", ".join(str(i) for micro in micros for i in micro["ids"])
+    last = checkpoint.latest(stage.config.stage_dir / "checkpoints")
+    return UserError(
+        f"{what} is not finite at step {step + 1} (samples {ids}); the last good checkpoint is {last}: "
+        "lower optim.lr or look at these samples"
+    )
+
+
+def _accumulation(config: TrainConfig, world: World) -> int:
+    per_round = config.micro_batch_size * world.size
+    if config.global_batch_size % per_round:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size="
+            f"{config.micro_batch_size} x {world.size} processes; change one of them"
+        )
+    return config.global_batch_size // per_round
+
+
+def _announce(stage: Stage, start: int, accumulation: int) -> None:
+    """What is in use, once."""
+    config, world = stage.config, stage.world
+    trained = {role: sum(p.numel() for p in e.trained().values()) for role, e in stage.roles.items()}
+    sizes = ", ".join(f"{role} {count / 1e6:.2f} M trained" for role, count in trained.items())
+    print(
+        f"{STAGES[config.stage.name]} ({config.stage.name}) of run {config.run}: {sizes}; "
+        f"batch {config.global_batch_size} = {config.micro_batch_size} x {world.size} processes x "
+        f"{accumulation}; {config.precision} on {world.device}; step {start} of {config.steps}",
+        flush=True,
+    )
+
+
+def save(stage: Stage, folder: Any, step: int) -> None:
+    """A checkpoint of every role, its optimiser and the EMA."""
+    parts: dict[str, Mapping[str, torch.Tensor]] = {}
+    for role, engine in stage.roles.items():
+        parts[role] = engine.weights()
+        parts[f"{role}.optimizer"] = engine.optimizer_state()
+    if stage.ema is not None:
+        parts[f"{stage.main}.ema"] = stage.ema.state_dict()
+    if stage.world.is_main:
+        meta = {"stage": stage.config.stage.name, "config": asdict(stage.config)}
+        checkpoint.save(folder, step, parts, json.loads(json.dumps(meta)), stage.config.keep_last)
+    stage.world.barrier()
+
+
+def restore(stage: Stage, folder: Any) -> int:
+    """Loads the newest checkpoint; returns the step to go on from (0: none)."""
+    config = stage.config
+    path = checkpoint.latest(folder)
+    if path is None:
+        return 0
+    if config.resume == "never":
+        raise UserError(f"{config.stage_dir} already holds a run: give another run=NAME or resume=auto")
+    restored = checkpoint.load(path, stage=config.stage.name)
+    changes = changed(restored.meta["config"], json.loads(json.dumps(asdict(config))))
+    if changes and config.resume != "force":
+        raise UserError(
+            f"{config.stage_dir} was made with other settings: {'; '.join(changes)}; "
+            "give another run=NAME, or resume=force to continue all the same"
+        )
+    for role, engine in stage.roles.items():
+        engine.load(restored.take(role), restored.take(f"{role}.optimizer"))
+    if stage.ema is not None:
+        stage.ema.load_state_dict(restored.take(f"{stage.main}.ema"))
+    restored.finish()
+    return restored.step
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Settings that alter the maths and differ, as `key: old -> new`."""
+    differences = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{where}{key}"
+        if name in FREE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            differences += changed(a, b, f"{name}.")
+        elif a != b:
+            differences.append(f"{name}: {a} -> {b}")
+    return differences

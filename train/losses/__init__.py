@@ -1,0 +1,1 @@
+"""Loss maths as pure functions: tensors in, one value per sample out."""

@@ -1,0 +1,45 @@
+"""Pixel losses on a window of decoded latents (paper section 3.2 and Eq. 3).
+
+Of a clip's n latents, the causal decoder runs over the first s without gradient, only to fill its memory, and
+over the next `count` with gradient; the loss sees the frames of those: max(0, 4s-3) ... 4(s+count)-4. The
+gradient with respect to every other latent is exactly zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Decode = Callable[[int, int, Any], tuple[Tensor, Any]]  # first, last+1 latent, memory -> frames, memory
+
+
+def window_frames(first: int, count: int = 2) -> slice:
+    """HR frames of latents first ... first + count - 1: latent 0 is frame 0, latent i is 4i-3 ... 4i."""
+    return slice(max(0, 4 * first - 3), 4 * (first + count) - 3)
+
+
+def decode_window(decode: Decode, first: int, count: int = 2) -> Tensor:
+    """Frames `B 3 F H W` of latents first ... first+count-1, with gradient through those latents alone."""
+    memory = None
+    if first:
+        with torch.no_grad():
+            _, memory = decode(0, first, None)
+    return decode(first, first + count, memory)[0]
+
+
+def mse(sr: Tensor, hr: Tensor) -> Tensor:
+    """Mean squared error per sample, `B`; `B 3 F H W` in [-1,1], not clamped."""
+    return (sr.float() - hr.float()).square().flatten(1).mean(1)
+
+
+def lpips_frames(lpips: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor) -> Tensor:
+    """LPIPS averaged over a clip's frames, `B`. Frame by frame under checkpointing: one frame's features."""
+    values = []
+    for x, y in zip(sr.float().unbind(2), hr.float().unbind(2), strict=True):
+        value = checkpoint(lpips, x, y, use_reentrant=False) if x.requires_grad else lpips(x, y)
+        values.append(value.flatten())
+    return torch.stack(values, 1).mean(1)

@@ -1,0 +1,30 @@
+"""DistributedDataParallel: a whole copy of the role on every rank, gradients added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train.launch import World
+from train.parallel.engine import Engine
+
+
+class DdpEngine(Engine):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, clip: float, world: World):
+        super().__init__(module, optimizer, clip)
+        devices = [world.device] if world.device.type == "cuda" else None
+        self.wrapped = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        self.size = world.size
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        with nullcontext() if last else self.wrapped.no_sync():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP averages over ranks; the losses carry 1/global_count, so the ranks' gradients must add up
+        super().backward(loss * self.size)

@@ -1,0 +1,97 @@
+"""The tiny conditional decoder (paper 3.4, Eq. 3): (MSE + 2 LPIPS) to HR plus the same to the VAE decoder's output.
+
+Learns on VAE latents of HR. Each step decodes a random window of latents with gradient; earlier ones fill the
+memory of both decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashvsr
+from eval.metrics import Lpips
+from flashvsr.base.draws import Draw
+from flashvsr.base.resize import to_uint8
+from flashvsr.models.tc_decoder import TCDecoder
+from flashvsr.weights.folder import ModelInfo
+from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.stages.shared import Inputs, Loss, Stage
+from train.turns import Losses
+
+
+class Decoder(Stage):
+    def build(self) -> None:
+        self.frozen_vae = self.vae()
+        self.sizes = replace(self.model_config(), vae=self.frozen_vae.config)
+        decoder = None
+        if self.config.init is not None:
+            start = flashvsr.load(self.config.init)
+            decoder = start.tc_decoder
+            self.sizes = start.config if decoder is not None else self.sizes
+        self.roles["decoder"] = self.engine(decoder or TCDecoder(self.sizes.tc_decoder))
+        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
+
+    def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
+        return self.inputs(micro, segments=1)
+
+    def turns(self, step: int) -> list[tuple[str, Loss]]:
+        return [("decoder", self.pixel_loss)]
+
+    def decoded(self, run: Any, inputs: Inputs, first: int, count: int) -> Tensor:
+        """TC decoder frames of a window; it never sees the four look-ahead LR frames."""
+        z, lr = inputs.latents[0], inputs.lr[0]
+
+        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
+            module = run if torch.is_grad_enabled() else self.roles["decoder"].module
+            with self.autocast():
+                return module(z[:, :, start:stop], lr[:, :, window_frames(start, stop - start)], memory)
+
+        return decode_window(decode, first, count)
+
+    @torch.no_grad()
+    def vae_frames(self, inputs: Inputs, first: int, count: int) -> Tensor:
+        z = inputs.latents[0]
+
+        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
+            with self.autocast():
+                return self.frozen_vae.decode(z[:, :, start:stop], memory)
+
+        return decode_window(decode, first, count)
+
+    def pixel_loss(self, inputs: Inputs, draw: Draw) -> Losses:
+        s, count = self.config.stage, self.config.stage.window
+        first = int(draw.step("window") * (inputs.latents[0].shape[2] - count + 1))
+        losses = Losses.of([self.decoded(self.roles["decoder"], inputs, first, count)])
+        (sr,) = losses.at
+        hr = inputs.hr[0][:, :, window_frames(first, count)]
+        losses.add("mse", mse(sr, hr), s.mse)
+        losses.add("lpips", lpips_frames(self.lpips, sr, hr), s.lpips)
+        if s.vae_mse or s.vae_lpips:
+            vae = self.vae_frames(inputs, first, count)
+            losses.add("vae_mse", mse(sr, vae), s.vae_mse)
+            losses.add("vae_lpips", lpips_frames(self.lpips, sr, vae), s.vae_lpips)
+        return losses
+
+    def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
+        """MSE + weighted LPIPS to HR over the whole clip."""
+        sr, s = self._whole(inputs), self.config.stage
+        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * lpips_frames(self.lpips, sr, inputs.hr[0])
+
+    def _whole(self, inputs: Inputs) -> Tensor:
+        return self.decoded(self.roles["decoder"].module, inputs, 0, inputs.latents[0].shape[2])
+
+    def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
+        segment = {name: tensor[None] for name, tensor in sample["segments"][0].items()}
+        frames = self._whole(self.inputs({"segments": [segment]}))
+        return to_uint8(frames)[0].permute(1, 2, 3, 0).cpu()
+
+    def model_info(self) -> ModelInfo:
+        return self.info("decoder")
+
+    def parts(self) -> dict[str, Any]:
+        return {"config": self.sizes, "info": self.model_info(), "tc_decoder": self.merged("decoder")}

@@ -1,0 +1,150 @@
+"""Stage 3: the one-step student (paper 3.2, Eq. 2).
+
+student  stage 2's weights, chunk-causal and block-sparse; input pure noise at sigma 1 and LR, nothing of HR:
+         z = noise - v. Losses: DMD, and MSE + 2 LPIPS on the frames of two latents.
+teacher  stage 1, frozen, dense over the same latents, its own features of the same LR.
+fake     starts as the teacher, same attention and features; flow matching on the student's z, every step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashvsr
+from eval.metrics import Lpips
+from flashvsr.base.cli import UserError
+from flashvsr.base.draws import Draw
+from flashvsr.flow import add_noise, denoised, shift_sigma
+from flashvsr.models.denoiser import Denoiser
+from flashvsr.streaming.upscaler import StreamingUpscaler
+from flashvsr.weights.folder import FlashVSR, ModelInfo
+from train.losses.dmd import dmd, dmd_direction
+from train.losses.flow_matching import flow_matching
+from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.stages.shared import Inputs, Loss, Stage
+from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
+from train.turns import Losses
+from train.validate import run_method
+
+
+class OneStep(Stage):
+    def build(self) -> None:
+        self.frozen_vae = self.vae()
+        self.frozen_vae.checkpointing = self.config.checkpointing
+        start = self.find("dit", ["sparse", "one-step"] if self.config.init else ["sparse"])
+        mode = replace(start.config.lr_projector, mode="causal")
+        self.sizes = replace(start.config, lr_projector=mode, vae=self.frozen_vae.config)
+        self.fixed_prompt = self.prompt(start.prompt)
+        self.roles["student"] = self.engine(start.denoiser())
+        self.teacher = None
+        if self.config.stage.loss.dmd:
+            self.teacher = self.frozen(self._teacher().denoiser())
+            fake = Denoiser(copy.deepcopy(self.teacher.dit))
+            self.roles["fake"] = self.engine(fake, lr=self.config.stage.fake_lr)
+        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
+
+    def _teacher(self) -> FlashVSR:
+        if self.config.teacher is None:
+            try:
+                return self.of_run("dit", ["teacher"])
+            except UserError as error:
+                raise UserError(f"{error}; without a teacher set stage.loss.dmd=0") from None
+        model = flashvsr.load(self.config.teacher)
+        if model.info.kind != "teacher":
+            raise UserError(f"teacher={self.config.teacher} is a {model.info.kind} model, not one of stage 1")
+        return model
+
+    def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
+        inputs = self.inputs(micro, segments=1)
+        if self.teacher is None:
+            return inputs
+        with torch.no_grad(), self.autocast():
+            return replace(inputs, extra={"features": self.teacher.features(inputs.lr)})
+
+    def turns(self, step: int) -> list[tuple[str, Loss]]:
+        learns = (step + 1) % self.config.stage.student_every == 0 or self.teacher is None
+        fake = [] if self.teacher is None else [("fake", self.fake_loss)]
+        return [*fake, ("student", self.student_loss)] if learns else fake
+
+    def student(self, run: Any, inputs: Inputs, draw: Draw, window: int) -> Tensor:
+        """z = noise - v at sigma 1, `B 16 n h w`: from noise and LR alone."""
+        _, _, frames, height, width = inputs.lr[0].shape
+        shape = (self.sizes.dit.in_channels, (frames - 1) // 4, height // 8, width // 8)
+        noise = draw.normal("student.noise", shape).to(self.device)
+        with self.autocast():
+            plan = causal_plan(self, noise, window)
+            (v,) = run([noise], torch.ones(inputs.batch, 1, device=self.device), plan, lr=inputs.lr)
+        return noise - v.float()
+
+    def fake_loss(self, inputs: Inputs, draw: Draw) -> Losses:
+        """Flow matching of the fake score on the student's output, which gets no gradient from it."""
+        with torch.no_grad():
+            z = self.student(self.roles["student"].module, inputs, draw, step_window(self, draw))
+        noise = self.noise(draw, "fake.noise", z)
+        sigma = shift_sigma(draw.uniform("fake.sigma")).to(self.device)
+        plan = self.dense_plan([z], self.sizes.dit.head_dim)
+        with self.autocast():
+            predicted = self.roles["fake"](
+                [add_noise(z, noise, sigma)], sigma[:, None], plan, features=inputs.extra["features"]
+            )
+        losses = Losses.of(predicted)
+        losses.add("fake", flow_matching(losses.at, [z], [noise]))
+        return losses
+
+    def student_loss(self, inputs: Inputs, draw: Draw) -> Losses:
+        z = self.student(self.roles["student"], inputs, draw, step_window(self, draw))
+        losses, weights = Losses.of([z]), self.config.stage.loss
+        (at,) = losses.at
+        if self.teacher is not None:
+            losses.add("dmd", dmd(at, self.direction(at.detach(), inputs, draw)), weights.dmd)
+        count = self.config.stage.pixel_latents
+        first = int(draw.step("pixel.window") * (z.shape[2] - count + 1))
+        sr, hr = self.decoded(at, first, count), inputs.hr[0][:, :, window_frames(first, count)]
+        losses.add("mse", mse(sr, hr), weights.mse)
+        losses.add("lpips", lpips_frames(self.lpips, sr, hr), weights.lpips)
+        return losses
+
+    @torch.no_grad()
+    def direction(self, z: Tensor, inputs: Inputs, draw: Draw) -> Tensor:
+        """Where DMD pushes away from: both scores at one shared noisy point."""
+        low, high = self.config.stage.dmd_range
+        sigma = shift_sigma(draw.uniform("dmd.sigma", low, high)).to(self.device)
+        point = add_noise(z, self.noise(draw, "dmd.noise", z), sigma)
+        estimates = []
+        for module in (self.teacher, self.roles["fake"].module):
+            plan = self.dense_plan([z], self.sizes.dit.head_dim)
+            with self.autocast():
+                (v,) = module([point], sigma[:, None], plan, features=inputs.extra["features"])
+            estimates.append(denoised(point, v.float(), sigma))
+        return dmd_direction(z, *estimates)
+
+    def decoded(self, z: Tensor, first: int, count: int) -> Tensor:
+        """Frames of `count` latents from `first`; earlier ones only fill the causal decoder's memory."""
+
+        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
+            with self.autocast():
+                return self.frozen_vae.decode(z[:, :, start:stop], memory)
+
+        return decode_window(decode, first, count)
+
+    def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
+        """MSE + 2 LPIPS over the whole decoded clip: what one step from noise is worth."""
+        z = self.student(self.roles["student"].module, inputs, draw, INFERENCE_WINDOW)
+        sr = self.decoded(z, 0, z.shape[2])
+        weights = self.config.stage.loss
+        return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * lpips_frames(
+            self.lpips, sr, inputs.hr[0]
+        )
+
+    def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
+        return run_method(StreamingUpscaler(self.live(), decoder="vae"), sample)
+
+    def model_info(self) -> ModelInfo:
+        s = self.config.stage
+        return self.info("one-step", sparse_ratio=s.sparse_ratio, steps=1, window=INFERENCE_WINDOW)

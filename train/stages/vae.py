@@ -1,0 +1,101 @@
+"""A Wan-shaped VAE of our own, where no Wan weights are at hand: MSE + LPIPS + a small KL on random crops.
+
+At the end its latent statistics are measured on training clips; they travel with it and normalise its latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.metrics import Lpips
+from flashvsr.base.draws import Draw
+from flashvsr.base.resize import to_signed, to_uint8
+from flashvsr.models.wan_vae import WanVAE
+from flashvsr.weights.folder import ModelInfo
+from train.losses.flow_matching import per_sample
+from train.losses.pixel import lpips_frames, mse
+from train.stages.shared import Inputs, Loss, Stage
+from train.turns import Losses
+
+STATISTICS_CLIPS = 8
+
+
+class Vae(Stage):
+    needs_latents = False
+
+    def build(self) -> None:
+        vae = self.find("vae").vae if self.config.init else WanVAE(self.model_config().vae)
+        vae.checkpointing = self.config.checkpointing
+        self.sizes = replace(self.model_config(), vae=vae.config)
+        self.roles["vae"] = self.engine(vae)
+        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
+
+    def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
+        """A random crop in space and time of every video of the batch, frames `B 3 4n-3 crop crop`."""
+        hr = micro["segments"][0]["hr"]
+        frames, side = 4 * self.config.stage.latents - 3, self.config.stage.crop
+        corner = draw.uniform("crop", shape=(3,))
+        room = torch.tensor([hr.shape[2] - frames, hr.shape[3] - side, hr.shape[4] - side])
+        crops = []
+        for clip, (t, y, x) in zip(hr, (corner * (room + 1)).int().tolist(), strict=True):
+            crops.append(clip[:, t : t + frames, y : y + side, x : x + side])
+        return Inputs([to_signed(torch.stack(crops)).to(self.device)], [], [], {})
+
+    def turns(self, step: int) -> list[tuple[str, Loss]]:
+        return [("vae", self.reconstruction_loss)]
+
+    def reconstruction_loss(self, inputs: Inputs, draw: Draw) -> Losses:
+        (video,) = inputs.hr
+        batch, _, frames, height, width = video.shape
+        shape = (self.sizes.vae.z_dim, (frames + 3) // 4, height // 8, width // 8)
+        with self.autocast():
+            outputs = self.roles["vae"](video, draw.normal("posterior", shape).to(self.device))
+        losses, s = Losses.of(outputs), self.config.stage
+        decoded, mean, logvar = losses.at
+        losses.add("mse", mse(decoded, video), s.mse)
+        losses.add("lpips", lpips_frames(self.lpips, decoded, video), s.lpips)
+        losses.add("kl", 0.5 * per_sample(mean.square() + logvar.exp() - 1 - logvar), s.kl)
+        return losses
+
+    def reconstructed(self, video: Tensor) -> Tensor:
+        vae = self.roles["vae"].module
+        with self.autocast():
+            mean, _, _ = vae.posterior(video)
+            return vae.decode(vae.normalise(mean))[0]
+
+    def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
+        """MSE + weighted LPIPS of the reconstruction from the posterior mean, whole frames."""
+        sr, s = self.reconstructed(inputs.hr[0]), self.config.stage
+        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * lpips_frames(self.lpips, sr, inputs.hr[0])
+
+    def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
+        hr = sample["segments"][0]["hr"]
+        video = to_signed(hr[None, :, : hr.shape[1] - 4]).to(self.device)
+        return to_uint8(self.reconstructed(video))[0].permute(1, 2, 3, 0).cpu()
+
+    def model_info(self) -> ModelInfo:
+        return self.info("vae")
+
+    def parts(self) -> dict[str, Any]:
+        vae = self.merged("vae")
+        vae.checkpointing = False
+        if self.config.init is None:
+            vae.set_statistics(*self._statistics(vae))
+        return {"config": self.sizes, "info": self.model_info(), "vae": vae}
+
+    @torch.no_grad()
+    def _statistics(self, vae: WanVAE) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per latent channel over the first training clips."""
+        clips = self.clips("train")
+        values = []
+        for counter in range(STATISTICS_CLIPS):
+            hr = clips.sample(counter)["segments"][0]["hr"]
+            mean, _, _ = vae.posterior(to_signed(hr[None, :, : hr.shape[1] - 4]))
+            values.append(mean.transpose(0, 1).flatten(1))
+        std, mean = torch.std_mean(torch.cat(values, 1).double(), 1)
+        return mean.float(), std.float()
