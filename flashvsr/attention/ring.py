@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashvsr.base.cli import UserError
-
 
 class Ring:
     """Keys and values (after RoPE) of the last chunks, for every layer.
@@ -17,10 +15,7 @@ class Ring:
     """
 
     def __init__(self, kv_chunks: int, layers: int, chunk_tokens: int, per_chunk: int):
-        if kv_chunks < 2:
-            raise UserError(
-                f"kv_chunks={kv_chunks}: the cache keeps at least 2 past chunks (as the release does)"
-            )
+        assert kv_chunks >= 2, "the settings of a stream see to it"
         self.kv_chunks = kv_chunks
         self.layers, self.chunk_tokens, self.per_chunk = layers, chunk_tokens, per_chunk
         self.slots = max(kv_chunks + 1, 3)

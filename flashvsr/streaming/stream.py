@@ -68,6 +68,14 @@ class StreamSettings:
     color_fix: str = "adain"
     attention: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.kv_chunks < 2:
+            raise UserError(
+                f"kv_chunks={self.kv_chunks}: a stream keeps at least 2 past chunks (as the release does)"
+            )
+        if self.local_range is not None and self.local_range < 1:
+            raise UserError(f"local_range={self.local_range} must be at least 1, or none for no limit")
+
 
 class Stream:
     """One clip, batch 1 or more, of fixed output size.
