@@ -27,7 +27,8 @@ _TEMPLATE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181c;
   --line: #303840; --band: #1c2228; --best: #7fdcaa; --bestband: #17392a; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1400px; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1400px;
+  color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1.25rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
@@ -51,7 +52,8 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 .compare img { width: 100%; image-rendering: pixelated; cursor: zoom-in; }
 .compare .whole { position: relative; margin-bottom: .5rem; }
 .compare .whole img { image-rendering: auto; }
-.compare .whole i { position: absolute; border: 2px solid var(--mark); border-radius: 2px; pointer-events: none; }
+.compare .whole i { position: absolute; border: 2px solid var(--mark); border-radius: 2px;
+  pointer-events: none; }
 @media (max-width: 800px) { .compare { grid-template-columns: repeat(min(var(--n), 2), minmax(0, 1fr)); } }
 #big { position: fixed; inset: 0; display: none; place-items: center; background: #000d; cursor: zoom-out; }
 #big.open { display: grid; }
@@ -154,7 +156,8 @@ class Page:
     def figure(self, picture: bytes | np.ndarray, caption: str = "") -> None:
         """A picture: PNG bytes, or uint8 [H, W, 3] or [H, W]."""
         self._add(
-            '<figure><img src="{{ uri }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>',
+            '<figure><img src="{{ uri }}" alt="{{ caption }}">'
+            "<figcaption>{{ caption }}</figcaption></figure>",
             uri=_png_uri(picture),
             caption=caption,
         )
@@ -168,14 +171,15 @@ class Page:
         """Pictures (label, uint8 [H, W, 3]) side by side, each with an enlarged crop beneath it.
 
         `crop` = (top, left, height, width) in pixels of the last picture, which is the reference; pictures
-        of another size are cropped at the same place. "auto" takes the busiest eighth of the reference's
-        height; None shows no crops. Crops are enlarged by repeating pixels.
+        of another size are cropped at the same place. "auto" takes the busiest place, an eighth of the
+        reference's sides (at least 32 pixels); None shows no crops. Crops are enlarged by repeating pixels.
         """
         if not pictures:
             raise ValueError("compare needs at least one picture")
         reference = _pixels(pictures[-1][1])
         if crop == "auto":
-            crop = busiest_crop(reference, max(1, reference.shape[0] // 8), max(1, reference.shape[1] // 8))
+            height, width = (max(side // 8, min(side, 32)) for side in reference.shape[:2])
+            crop = busiest_crop(reference, height, width)
         shown = []
         for label, picture in pictures:
             picture = _pixels(picture)
@@ -210,7 +214,8 @@ class Page:
         light, dark = (_plot(series, xlabel, ylabel, log, ink) for ink in ("#1d2329", "#e4e8ec"))
         self._add(
             '<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">'
-            '<img src="{{ light }}" alt="{{ ylabel }}"></picture><figcaption>{{ caption }}</figcaption></figure>',
+            '<img src="{{ light }}" alt="{{ ylabel }}"></picture>'
+            "<figcaption>{{ caption }}</figcaption></figure>",
             light=light,
             dark=dark,
             ylabel=ylabel,
@@ -225,15 +230,14 @@ class Page:
 
 
 def busiest_crop(image: np.ndarray, height: int, width: int) -> Crop:
-    """(top, left, height, width) of the window of uint8 [H, W, 3] with the largest sum of gradients (ours)."""
+    """(top, left, height, width): the window of uint8 [H, W, 3] with the largest sum of gradients (ours)."""
     grey = image.astype(np.float64).mean(-1)
     detail = np.zeros_like(grey)
     detail[:, 1:] += np.abs(np.diff(grey, axis=1))
     detail[1:] += np.abs(np.diff(grey, axis=0))
     total = np.pad(detail.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    window = (
-        total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
-    )
+    rows = total[height:] - total[:-height]
+    window = rows[:, width:] - rows[:, :-width]
     top, left = np.unravel_index(int(window.argmax()), window.shape)
     return int(top), int(left), height, width
 
@@ -241,12 +245,8 @@ def busiest_crop(image: np.ndarray, height: int, width: int) -> Crop:
 def _scaled_crop(crop: Crop, reference: tuple[int, ...], shape: tuple[int, ...]) -> Crop:
     """(top, left, bottom, right) of the same place in a picture of another size, at least one pixel."""
     top, left, height, width = crop
-    if (
-        min(top, left) < 0
-        or min(height, width) < 1
-        or top + height > reference[0]
-        or left + width > reference[1]
-    ):
+    inside = min(top, left) >= 0 and top + height <= reference[0] and left + width <= reference[1]
+    if not inside or min(height, width) < 1:
         raise ValueError(f"crop={crop} does not lie inside the reference of {reference[0]}x{reference[1]}")
     up, across = shape[0] / reference[0], shape[1] / reference[1]
     y0, x0 = min(round(top * up), shape[0] - 1), min(round(left * across), shape[1] - 1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +9,9 @@ import torch
 from flashvsr.base.draws import Draw, generator, numpy_rng, seed_of
 
 
-def test_seeds_are_the_same_in_every_process_and_differ_by_every_key():
-    code = "from flashvsr.base.draws import seed_of; print(seed_of(3, 'a', 7))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(other.stdout) == seed_of(3, "a", 7)
+def test_seeds_are_the_same_everywhere_and_differ_by_every_key():
+    # The seed must never change: resumed runs and cached latents rely on it.
+    assert seed_of(3, "a", 7) == 1025015543932866249
     keys = [(1,), ("1",), (1, 2), (12,), ("1", "2"), (2, 1), ("a", "b"), ("ab",), ("a', 'b",)]
     seeds = [seed_of(*k) for k in keys]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)

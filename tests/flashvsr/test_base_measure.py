@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -35,17 +33,13 @@ def test_seconds_are_seconds():
     assert 0.02 <= measure.time_median(lambda: time.sleep(0.02), repeats=3, warmup=0) < 0.2
 
 
-def test_peak_memory_is_this_process_own():
+def test_peak_memory_grows_with_what_is_held():
     before = measure.peak_rss_bytes()
-    block = np.ones(64 << 20, np.uint8)
-    assert measure.peak_rss_bytes() > 60 << 20 and measure.peak_rss_bytes() >= before
+    block = np.ones(before, np.uint8)  # as much again as ever was held
+    grown = measure.peak_rss_bytes()
+    assert block.nbytes < grown <= 2 * before + (16 << 20)
     del block
-    keeps = "import numpy as np; np.ones(300 << 20, np.uint8)\n"
-    shows = "from flashvsr.base.measure import peak_rss_bytes as p; a = p()\n"
-    out = subprocess.run(
-        [sys.executable, "-c", f"{shows}{keeps}print(p() - a)"], capture_output=True, check=True
-    )
-    assert 280 << 20 < int(out.stdout) < 340 << 20
+    assert measure.peak_rss_bytes() >= grown
 
 
 def test_machine_says_what_it_was():

@@ -111,7 +111,7 @@ def test_the_busiest_place_is_found(tmp_path):
     page.compare([("a", image)])
     page.compare([("a", image)], crop=None)
     _, seen = _saved(page, tmp_path)
-    assert [_decoded(i["src"]).shape[0] for i in seen.images if i.get("src")] == [80, 10, 80]
+    assert [_decoded(i["src"]).shape[0] for i in seen.images if i.get("src")] == [80, 32, 80]
 
 
 def test_wrong_pictures_are_refused():
