@@ -54,13 +54,10 @@ def load(
         if part not in FILES:
             raise UserError(f"parts={part!r} is unknown; there are {', '.join(FILES)}")
     described = _describe(folder, lr_projector)
-    for file in described.files.values():
+    wanted = {part: file for part, file in described.files.items() if parts is None or part in parts}
+    for file in wanted.values():
         _check_file(folder / file.name, file, verify)
-    states = {
-        part: _read(folder / file.name, dtype, device)
-        for part, file in described.files.items()
-        if parts is None or part in parts
-    }
+    states = {part: _read(folder / file.name, dtype, device) for part, file in wanted.items()}
     config = described.config
     if (folder / INFO_FILE).is_file():
         info = described.info
