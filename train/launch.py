@@ -151,7 +151,9 @@ def _wait(workers: Sequence[subprocess.Popen]) -> int:
         for rank, code in enumerate(codes):
             if code not in (None, 0, REQUEUE):
                 cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                print(f"rank {rank} of {len(codes)} ended with {cause}; stopping the others", file=sys.stderr)
+                # A single rank has said itself what is wrong, unless a signal ended it.
+                if len(codes) > 1 or code < 0:
+                    print(f"rank {rank} of {len(codes)} ended with {cause}", file=sys.stderr)
                 return 128 - code if code < 0 else code
         if None not in codes:
             return max(codes)
