@@ -28,13 +28,14 @@ from flashvsr.weights.names import CALLED, FILES, INFO_FILE, MADE_BY
 FORMAT_VERSION = 1
 
 Kind = Literal["teacher", "sparse", "one-step", "vae", "decoder", "parts"]
-# Where the stages of a run leave their results, the furthest first.
+# Where in a run to look for a part: its own stage, then those that carry along what they started from.
+DENOISING = ("stage3", "stage2", "stage1")
 STAGES = {
-    "dit": ("stage3", "stage2", "stage1"),
-    "lr_projector": ("stage3", "stage2", "stage1"),
-    "prompt": ("stage3", "stage2", "stage1"),
-    "vae": ("vae",),
-    "tc_decoder": ("decoder",),
+    "dit": DENOISING,
+    "lr_projector": DENOISING,
+    "prompt": DENOISING,
+    "vae": ("vae", *DENOISING, "decoder"),
+    "tc_decoder": ("decoder", *DENOISING),
 }
 State = nn.Module | Mapping[str, Tensor]
 
@@ -197,7 +198,8 @@ def read_info(folder: str | Path) -> Description:
 def newest(run_dir: str | Path, part: str, kinds: Sequence[str] | None = None) -> Path | None:
     """The furthest stage's finished folder in a run that has `part` (of one of `kinds`), or None.
 
-    DiT, projector and prompt come from stage 3, else 2, else 1; the VAE and the TC decoder from their own.
+    DiT, projector and prompt come from stage 3, else 2, else 1; the VAE and the TC decoder from their own
+    stage, else from one that started with them.
     """
     for stage in STAGES[part]:
         folder = Path(run_dir) / stage / "export"
