@@ -1,0 +1,197 @@
+"""Makes a test set: HR clips cut to size (GT) and their degraded LR partners (LQ), both as PNG frames.
+
+Everything follows from the sources and the settings: the same command gives the same bytes, and an existing
+result of the same settings is kept.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashvsr.base.cli import Progress, UserError
+from flashvsr.base.draws import numpy_rng
+from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
+from flashvsr.base.resize import bicubic_8bit
+from flashvsr.base.video_io import VideoWriter, is_image, list_clips, read_frames
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How a test set is made; None means: as in the source."""
+
+    preset: str = "realbasicvsr"
+    seed: int = 0
+    scale: int = 4
+    frames: int | None = None  # the first so many of each clip
+    size: tuple[int, int] | None = None  # height, width of GT: the middle of the frame
+    short_side: int | None = None  # frames are first reduced (never enlarged) to this short side
+    clips: int | None = None  # the first so many by name
+
+    def __post_init__(self):
+        for name in ("frames", "short_side", "clips"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.scale < 1:
+            raise UserError(f"scale must be at least 1, got {self.scale}")
+        if self.size is not None and (min(self.size) < 1 or any(s % self.scale for s in self.size)):
+            height, width = self.size
+            raise UserError(f"size {height}x{width} must be positive multiples of the scale {self.scale}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One HR clip; `read(count)` gives its first `count` RGB frames (None: all), uint8 `H W 3`."""
+
+    name: str
+    digest: Callable[[], str]  # SHA-256 of its content
+    read: Callable[[int | None], Iterable[np.ndarray]]
+
+
+def prepare(source: str | Path, out: str | Path, config: PrepareConfig, *, quiet: bool = False) -> bool:
+    """Write `out`/GT, `out`/LQ and `out`/prepare.json; return False if they were already there.
+
+    `source` is a folder of videos, images or frame folders, or a data folder with index.json (its val
+    split). Raises UserError when there is no clip, a clip is smaller than the wanted size, or `out` holds
+    something else.
+    """
+    out, sources = Path(out), find_sources(Path(source))[: config.clips]
+    settings = {**asdict(config), "sources": [{"name": s.name, "sha256": s.digest()} for s in sources]}
+    settings["size"] = None if config.size is None else list(config.size)
+    if (out / "prepare.json").exists():
+        _refuse_other(out, read_json(out / "prepare.json").get("settings", {}), settings)
+        return False
+    clips = []
+    with atomic_dir(out) as folder, Progress(len(sources), "prepare", unit="clip", quiet=quiet) as progress:
+        for clip in sources:
+            clips.append(_write_clip(folder, clip, config))
+            progress.update(clip=clip.name)
+        record = {"format": 1, "settings": settings, "versions": _versions(), "clips": clips}
+        write_json(folder / "prepare.json", record)
+    return True
+
+
+def find_sources(folder: Path) -> list[Source]:
+    """The clips of a folder in the order of their names; UserError when there are none."""
+    if (folder / "index.json").exists():
+        sources = _from_index(folder)
+    elif folder.is_dir():
+        sources = [_from_path(path) for path in list_clips(folder)]
+    else:
+        raise UserError(
+            f"{folder} is no folder; give a folder of videos or frames, or a data folder with index.json"
+        )
+    if not sources:
+        raise UserError(f"{folder} holds no video, image or folder of frames")
+    sources.sort(key=lambda s: s.name)
+    for one, other in zip(sources, sources[1:], strict=False):
+        if one.name == other.name:
+            raise UserError(f"{folder} holds two clips named {one.name!r}; rename one")
+    return sources
+
+
+def _from_index(folder: Path) -> list[Source]:
+    """Held-out clips of a data folder; its images only when it has nothing else."""
+    from data.shards import Reader, read_index
+
+    index = read_index(folder)
+    samples = index.splits.get("val", ())
+    samples = [s for s in samples if s.kind != "image"] or samples
+    reader = Reader(index)
+
+    def digest(sample):
+        return sample.sha256
+
+    def read(sample, count):
+        return reader.frames(sample, count=sample.frames if count is None else min(count, sample.frames))
+
+    return [Source(s.key, partial(digest, s), partial(read, s)) for s in samples]
+
+
+def _from_path(path: Path) -> Source:
+    def read(count):
+        return read_frames(path, count=count)
+
+    def digest():
+        if path.is_file():
+            return sha256(path)
+        files = [f"{file.name} {sha256(file)}" for file in sorted(path.iterdir()) if is_image(file)]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    return Source(path.stem if path.is_file() else path.name, digest, read)
+
+
+def _refuse_other(out: Path, found: Any, settings: dict[str, Any]) -> None:
+    changes = [
+        f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value
+    ]
+    if found.get("sources") != settings["sources"]:
+        changes = ["other sources"]
+    if changes:
+        raise UserError(
+            f"{out} was prepared with {' and '.join(changes)}; remove it or choose another folder"
+        )
+
+
+def _write_clip(folder: Path, source: Source, config: PrepareConfig) -> dict[str, Any]:
+    from data.degradation import degrade
+
+    hr = np.stack([cut(frame, source.name, config) for frame in source.read(config.frames)])
+    lr, parameters = degrade(
+        hr, config.scale, config.preset, numpy_rng("eval.prepare", config.seed, source.name)
+    )
+    for side, frames in (("GT", hr), ("LQ", lr)):
+        write_frames(folder / side / source.name, frames)
+    return {
+        "name": source.name,
+        "frames": len(hr),
+        "height": hr.shape[1],
+        "width": hr.shape[2],
+        "gt_sha256": hashlib.sha256(hr.tobytes()).hexdigest(),  # of pixels, not of PNG files
+        "lq_sha256": hashlib.sha256(lr.tobytes()).hexdigest(),
+        "degradation": parameters,
+    }
+
+
+def cut(frame: np.ndarray, name: str, config: PrepareConfig) -> np.ndarray:
+    """One HR frame, uint8 `H W 3`, reduced to the short side and cut in the middle."""
+    height, width = frame.shape[:2]
+    if config.short_side is not None and config.short_side < min(height, width):
+        ratio = config.short_side / min(height, width)
+        height, width = round(height * ratio), round(width * ratio)
+        channels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        frame = bicubic_8bit(channels, (height, width)).permute(1, 2, 0).numpy()
+    target = config.size or (height - height % config.scale, width - width % config.scale)
+    if target[0] > height or target[1] > width or 0 in target:
+        raise UserError(
+            f"clip {name!r} is {width}x{height}, too small for {target[1]}x{target[0]}; lower --size"
+        )
+    top, left = (height - target[0]) // 2, (width - target[1]) // 2
+    return np.ascontiguousarray(frame[top : top + target[0], left : left + target[1]])
+
+
+def write_frames(folder: Path, frames: np.ndarray) -> None:
+    """Write uint8 `F H W 3` losslessly as frame-000000.png, ... into `folder`."""
+    with VideoWriter(f"{folder}/", fps=25, height=frames.shape[1], width=frames.shape[2]) as writer:
+        writer.write(frames)
+
+
+def _versions() -> dict[str, str]:
+    """What the bytes may depend on besides the settings: the degradation runs real encoders."""
+    import av
+
+    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "av": av.__version__,
+        **libraries,
+    }
