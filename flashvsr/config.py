@@ -98,7 +98,7 @@ PRESETS: dict[str, ModelConfig] = {
             dim=192, ffn=768, layers=6, heads=3, freq_dim=64, text_dim=32, text_len=8, block=(2, 4, 4)
         ),
         lr_projector=ProjectorConfig(hidden1=96, hidden2=128, out_dim=192),
-        vae=VAEConfig(dim=12),
+        vae=VAEConfig(dim=8),
         tc_decoder=TCDecoderConfig(channels=(64, 48, 32, 32)),
     ),
     # Hours on one consumer GPU: experiments that mean something.

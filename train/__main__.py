@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 
-
 from flashvsr.base import cli
 from train.config import compose, rewrite
 
 HELP = f"""{__doc__}
-Needs shards (`python -m data build`). Writes runs/NAME/<stage>/: config.yaml, metrics.jsonl, checkpoints, samples,
-and export, the model. The same command continues a stopped run. Keys: configs/train.yaml, e.g.
+Needs shards (`python -m data build`). Writes runs/NAME/<stage>/: config.yaml, metrics.jsonl, checkpoints,
+samples, and export, the model. The same command continues a stopped run. Keys: configs/train.yaml, e.g.
 
   run=NAME runs_dir=DIR steps=N seed=S global_batch_size=N save_every=N validate_every=N data.shards=DIR
   resume=auto|never|force init=MODEL_FOLDER teacher=MODEL_FOLDER recipe=paper log.wandb=true

@@ -1,7 +1,7 @@
 """What a run is: the dataclasses of its configuration, and how the command line becomes them.
 
-Hydra composes YAML only; `flashvsr.base.cli.build` makes frozen dataclasses of the result once. Hydra takes neither
-`stage=1` nor `stage=1..3`, so both are rewritten first.
+Hydra composes YAML only; `flashvsr.base.cli.build` makes frozen dataclasses of the result once. Hydra takes
+neither `stage=1` nor `stage=1..3`, so both are rewritten first.
 """
 
 from __future__ import annotations

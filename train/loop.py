@@ -61,8 +61,9 @@ def _train(config: TrainConfig, world: World) -> int:
     start = restore(stage, checkpoints)
     wandb = None
     if config.log.wandb:
-        wandb = {"project": config.log.project, "name": f"{config.run}-{STAGES[config.stage.name]}",
-                 "id": f"{config.run}-{config.stage.name}-{config.seed}", "config": asdict(config)}  # fmt: skip
+        name = f"{config.run}-{STAGES[config.stage.name]}"
+        wandb = {"project": config.log.project, "name": name, "id": f"{name}-{config.seed}"}
+        wandb["config"] = asdict(config)
     telemetry = Telemetry(
         config.stage_dir, STAGES[config.stage.name], config.steps,
         every=config.log.every, quiet=config.log.quiet, wandb=wandb, main=world.is_main,

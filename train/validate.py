@@ -25,7 +25,7 @@ VALIDATION_STEP = -1  # the step of all validation draws
 
 
 def run_method(method: Any, sample: Mapping[str, Any]) -> Tensor:
-    """LR frames of a sample through a method with push and flush -> uint8 `F H W 3`, the frames that HR has."""
+    """LR frames of a sample through a method with push and flush -> uint8 `F H W 3`, as many as HR has."""
     frames = sample["segments"][0]["lr"].permute(1, 2, 3, 0).numpy()
     parts = [method.push(frames), method.flush()]
     sr = torch.from_numpy(np.concatenate([np.asarray(p) for p in parts]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,8 +22,10 @@ class ChannelRMS(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * ones))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.normalize(widen(x), dim=-3) * x.shape[-3] ** 0.5
-        return (y * self.gamma.reshape(-1, 1, 1)).to(x.dtype)
+        y = widen(x)
+        # the norm written out: the library's is several times slower over a strided axis on a CPU
+        length = y.square().sum(-3, keepdim=True).clamp_min(1e-24).sqrt()
+        return (y * (x.shape[-3] ** 0.5 / length) * self.gamma.reshape(-1, 1, 1)).to(x.dtype)
 
 
 class TokenRMS(nn.Module):

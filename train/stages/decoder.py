@@ -1,4 +1,4 @@
-"""The tiny conditional decoder (paper 3.4, Eq. 3): (MSE + 2 LPIPS) to HR plus the same to the VAE decoder's output.
+"""The tiny conditional decoder (paper 3.4, Eq. 3): MSE + 2 LPIPS, to HR and to the VAE decoder's output.
 
 Learns on VAE latents of HR. Each step decodes a random window of latents with gradient; earlier ones fill the
 memory of both decoders.

@@ -42,7 +42,8 @@ LR_FRAMES_OF_IMAGE = 5
 
 @dataclass(frozen=True)
 class Inputs:
-    """One micro-batch on the device, per segment: HR frames and LR at output size `B 3 F H W` in [-1,1], latents."""
+    """One micro-batch on the device, per segment: HR frames, LR at output size (both `B 3 F H W` in [-1,1]),
+    latents `B 16 n h w`; and what a stage computes beforehand."""
 
     hr: list[Tensor]
     lr: list[Tensor]
@@ -132,7 +133,7 @@ class Stage:
         return self.of_run(part, kinds)
 
     def of_run(self, part: str, kinds: Sequence[str] | None = None) -> FlashVSR:
-        """The newest complete stage of this run that holds `part`; UserError naming the stage to run first."""
+        """The newest complete stage of this run that holds `part`; UserError names the stage to run first."""
         folder = newest(self.config.run_dir, part, kinds)
         if folder is None:
             first = {"vae": "vae", "tc_decoder": "decoder"}.get(part)

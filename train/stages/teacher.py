@@ -1,6 +1,7 @@
 """Stage 1: the joint image-video teacher. Dense attention inside each segment, flow matching (paper 3.2).
 
-A sample is one pack: a video and k images. Every segment has its own noise level, positions and share of the loss.
+A sample is one pack: a video and k images. Every segment has its own noise level, positions and share of the
+loss.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from train.validate import run_method
 
 
 def fresh_denoiser(config, mode: str) -> Denoiser:
-    """A DiT and projector from scratch. The velocity head starts at zero, so that the first loss is E|v|^2."""
+    """A DiT and projector from scratch. The velocity head starts at zero: the first loss is E|v|^2."""
     dit, projector = DiT(config.dit), LRProjector(replace(config.lr_projector, mode=mode))
     torch.nn.init.zeros_(dit.head.head.weight)
     torch.nn.init.zeros_(dit.head.head.bias)

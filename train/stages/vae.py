@@ -1,6 +1,6 @@
 """A Wan-shaped VAE of our own, where no Wan weights are at hand: MSE + LPIPS + a small KL on random crops.
 
-At the end its latent statistics are measured on training clips; they travel with it and normalise its latents.
+At the end its latent statistics are measured on training clips; they travel with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The random attention window of stages 2 and 3, in chunks (the released code's leftover; DESIGN section 5)."""
+"""The random attention window of stages 2 and 3, in chunks (a leftover of training in the released code)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def draw_window(
 ) -> int:
     """Chunks a chunk sees, itself included.
 
-    w = chunks + one of OFFSETS with its probability (`choice` uniform in [0,1)); h = floor(2 + u^2 (w - 4)) past
-    chunks (`history` = u); window = min(w, h + 1) within [3, chunks]. Without the history the window of inference
-    (4) would hardly ever be trained.
+    w = chunks + one of OFFSETS with its probability (`choice` uniform in [0,1)); h = floor(2 + u^2 (w - 4))
+    past chunks (`history` = u); window = min(w, h + 1) within [3, chunks]. Without the history the window of
+    inference (4) would hardly ever be trained.
     """
     w = chunks
     if random_window:
