@@ -92,7 +92,7 @@ def evaluate_to_report(a: argparse.Namespace) -> None:
     from eval.methods import parse_method
     from eval.metrics import Lpips
     from eval.report import write_report
-    from eval.results import collect, protocol_line, show, write_results
+    from eval.results import collect, method_line, protocol_line, show, write_results
     from eval.runner import evaluate
 
     methods = [parse_method(text) for text in a.method]
@@ -110,12 +110,14 @@ def evaluate_to_report(a: argparse.Namespace) -> None:
     if lpips.name != "lpips":
         print(f"no {a.lpips_net} backbone weights: the metric is {lpips.name}, comparable only with itself")
 
-    scores, panels = evaluate(methods, test_set, lpips, device=device, dtype=dtype, quiet=a.quiet)
+    outcome = evaluate(methods, test_set, lpips, device=device, dtype=dtype, quiet=a.quiet)
     out = Path(a.out)
-    evaluation = collect(out.resolve().name, test_set, methods, scores, lpips, device, dtype)
+    evaluation = collect(out.resolve().name, test_set, methods, outcome, lpips, device, dtype)
     write_results(out, evaluation)
-    page = write_report(out, evaluation, panels)
+    page = write_report(out, evaluation, outcome.panels)
     print(protocol_line(evaluation["protocol"]))
+    for method in evaluation["methods"]:
+        print(method_line(method).replace("`", ""))
     titles = {"psnr": "PSNR", "ssim": "SSIM", "lpips": lpips.name, "seconds_per_frame": "s/frame"}
     for row in evaluation["means"]:
         numbers = "  ".join(f"{title} {show(key, row[key])}" for key, title in titles.items())

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from eval.results import HIGHER_IS_BETTER, best, protocol_line, show
+from eval.results import HIGHER_IS_BETTER, best, method_line, protocol_line, show
 from eval.runner import Panel
 from eval.training_log import StageLog, read_run
 from flashvsr.base.page import Page, busiest_crop
@@ -31,7 +31,8 @@ def write_report(run: Path, evaluation: dict[str, Any], panels: Sequence[Panel])
 def _where(evaluation: dict[str, Any]) -> str:
     machine = evaluation["machine"]
     gpu = machine["gpu"] or "no GPU"
-    hardware = f"{machine['cpu']}, {machine['cores']} cores ({machine['threads']} threads), {gpu}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    hardware = f"{machine['cpu']}, {machine['cores']} cores ({threads}), {gpu}"
     date = datetime.fromisoformat(evaluation["date"]).strftime("%Y-%m-%d %H:%M %Z")
     return f"{date} · {hardware} · torch {machine['torch']}"
 
@@ -49,7 +50,8 @@ def _results(page: Page, evaluation: dict[str, Any], logs: Sequence[StageLog]) -
     means = evaluation["means"]
     page.table(means, [("method", "method", None), *numbers], best=_marks(means))
     page.text(f"Protocol: {protocol_line(evaluation['protocol'])}")
-    page.text("; ".join(f"{m['name']} is `{m['spec']}`" for m in evaluation["methods"]) + ".")
+    for method in evaluation["methods"]:
+        page.text(method_line(method))
     page.heading("Clip by clip", level=3)
     for clip in evaluation["protocol"]["clips"]:
         rows = [row for row in evaluation["scores"] if row["clip"] == clip["name"]]

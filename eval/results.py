@@ -14,7 +14,7 @@ import torch
 from eval.datasets import TestSet
 from eval.methods import Method
 from eval.metrics import Lpips
-from eval.runner import Score
+from eval.runner import Outcome, Score
 from flashvsr.base.files import atomic, write_json
 from flashvsr.base.measure import machine
 
@@ -25,7 +25,7 @@ def collect(
     run: str,
     test_set: TestSet,
     methods: Sequence[Method],
-    scores: Sequence[Score],
+    outcome: Outcome,
     lpips: Lpips,
     device: str,
     dtype: torch.dtype,
@@ -57,10 +57,17 @@ def collect(
         "machine": machine(),
         "protocol": protocol,
         "methods": [
-            {"name": m.name, "spec": m.spec, "kind": m.kind, "settings": m.settings} for m in methods
+            {
+                "name": m.name,
+                "spec": m.spec,
+                "kind": m.kind,
+                "settings": m.settings,
+                "in_use": outcome.in_use.get(m.name, {}),
+            }
+            for m in methods
         ],
-        "means": [asdict(mean_score(m.name, scores)) for m in methods],
-        "scores": [asdict(score) for score in scores],
+        "means": [asdict(mean_score(m.name, outcome.scores)) for m in methods],
+        "scores": [asdict(score) for score in outcome.scores],
     }
 
 
@@ -88,6 +95,12 @@ def show(key: str, value: float | None) -> str:
         return "∞"
     digits = {"psnr": 2, "ssim": 4, "lpips": 4}
     return f"{value:.{digits[key]}f}" if key in digits else f"{value:.3g}"
+
+
+def method_line(method: dict[str, Any]) -> str:
+    """What a method was and what it says was in use, in one line."""
+    words = [f"`{method['spec']}`", *(f"{k.replace('_', ' ')} {v}" for k, v in method["in_use"].items())]
+    return f"{method['name']}: {', '.join(words)}"
 
 
 def protocol_line(protocol: dict[str, Any]) -> str:
@@ -133,6 +146,7 @@ def _finite(value: Any) -> Any:
 def _markdown(evaluation: dict[str, Any], lpips_name: str) -> str:
     head = f"PSNR ↑ | SSIM ↑ | {lpips_name} ↓ | s/frame ↓ |"
     lines = [f"# {evaluation['run']}", "", protocol_line(evaluation["protocol"]), ""]
+    lines += [*(f"- {method_line(method)}" for method in evaluation["methods"]), ""]
     for title, rows in (("", evaluation["means"]), (" clip |", evaluation["scores"])):
         lines += [f"| method |{title} {head}", "|---|" + "---|" * (5 if title else 4)]
         for row in rows:

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -39,6 +40,15 @@ class Panel:
     pictures: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation gives; `in_use` is what each method says of itself (decoder, precision...)."""
+
+    scores: list[Score] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    in_use: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 def evaluate(
     methods: Sequence[Method],
     test_set: TestSet,
@@ -48,13 +58,13 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     panels: int = 2,
     quiet: bool = False,
-) -> tuple[list[Score], list[Panel]]:
+) -> Outcome:
     """Score all methods on all pairs, and keep the middle frame of the first `panels` clips.
 
     Models and metrics run on `device`. Raises UserError when an output differs from its GT in frame count or
     size, naming the method and the clip.
     """
-    scores: list[Score] = []
+    outcome = Outcome()
     shown = [pair.name for pair in test_set.pairs[:panels]]
     pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in shown}
     lpips = lpips.to(device)
@@ -63,13 +73,17 @@ def evaluate(
         for method in methods:
             start = open_method(method, test_set, device, dtype)
             for pair in test_set.pairs:
-                score, picture = run_clip(method, start(pair), pair, lpips)
-                scores.append(score)
+                upscaler = start(pair)
+                # All a method must have is push and flush.
+                outcome.in_use[method.name] = getattr(upscaler, "in_use", {})
+                score, picture = run_clip(method, upscaler, pair, lpips)
+                outcome.scores.append(score)
                 if pair.name in shown:
                     pictures[pair.name][method.name] = picture
                 progress.update(pair.frames, method=method.name, clip=pair.name, psnr=score.psnr)
-    chosen = [pair for pair in test_set.pairs if pair.name in shown]
-    return scores, [_panel(pair, pictures[pair.name], test_set.scale) for pair in chosen]
+    for pair in test_set.pairs[:panels]:
+        outcome.panels.append(_panel(pair, pictures[pair.name], test_set.scale))
+    return outcome
 
 
 def run_clip(method: Method, upscaler: Upscaler, pair: Pair, lpips: Lpips) -> tuple[Score, np.ndarray]:
@@ -110,7 +124,7 @@ def _then_none(stacks):
     yield None
 
 
-def _mismatch(method: Method, pair: Pair, done: int, out: torch.Tensor | None) -> None:
+def _mismatch(method: Method, pair: Pair, done: int, out: torch.Tensor | None) -> NoReturn:
     if out is not None and done <= pair.frames:
         size = f"{out.shape[2]}x{out.shape[1]}" if out.ndim == 4 else f"shape {tuple(out.shape)}"
         raise UserError(

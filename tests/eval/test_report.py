@@ -13,7 +13,7 @@ from eval.datasets import open_test_set
 from eval.methods import Method
 from eval.report import verdict, write_report
 from eval.results import collect, mean_score, write_results
-from eval.runner import Panel, Score
+from eval.runner import Outcome, Panel, Score
 from eval.training_log import read_run, smooth
 
 SCORES = [
@@ -26,6 +26,7 @@ METHODS = [
     Method("bicubic", "bicubic", "bicubic", None, {}),
     Method("ours", "runs/x/export,decoder=vae", "model", None, {"decoder": "vae"}),
 ]
+IN_USE = {"bicubic": {}, "ours": {"decoder": "vae", "attention": "gather"}}
 
 
 class NamedLpips:
@@ -60,7 +61,9 @@ class PageReader(HTMLParser):
 @pytest.fixture
 def evaluation(test_folder):
     test_set = open_test_set(test_folder)
-    return collect("demo", test_set, METHODS, SCORES, NamedLpips(), "cpu", torch.float32)
+    return collect(
+        "demo", test_set, METHODS, Outcome(SCORES, in_use=IN_USE), NamedLpips(), "cpu", torch.float32
+    )
 
 
 def write_log(folder, losses, expect):
@@ -97,6 +100,7 @@ def test_json_csv_and_markdown_hold_the_same_numbers(evaluation, tmp_path):
     protocol = stored["protocol"]
     assert (protocol["colour_space"], protocol["scale"], protocol["lpips_name"]) == ("RGB", 4, "lpips-random")
     assert protocol["clips"][1] == {"name": "beta", "frames": 11, "height": 96, "width": 128}
+    assert stored["methods"][1]["in_use"] == IN_USE["ours"]
     assert stored["machine"]["torch"] == torch.__version__
 
     with open(tmp_path / "results.csv", newline="") as file:
@@ -134,7 +138,7 @@ def test_the_page_says_the_numbers_and_opens_nothing_else(evaluation, tmp_path):
         "2 clips (alpha, beta), 5 to 11 frames each, 128x96, x4; LQ as found (no prepare.json); RGB" in text
     )
     assert "4 minutes of training from scratch do not beat bicubic in PSNR, SSIM or lpips-random" in text
-    assert "runs/x/export,decoder=vae" in text
+    assert "ours: runs/x/export,decoder=vae , decoder vae, attention gather" in text
     assert "Stage 3: one-step student: no stage3/metrics.jsonl" in text
     assert len([a for a in page.addresses if "png" in a]) == 2 * 4 and re.search(r"alpha, frame 2", text)
 

@@ -23,6 +23,8 @@ ANY = Method("any", "any", "model", None, {})
 class Delayed:
     """Bicubic that answers three frames late, as streaming does; `extra` frames too many or few."""
 
+    in_use = {"decoder": "fake"}
+
     def __init__(self, extra: int = 0, pause: float = 0.0):
         self.inner, self.held, self.extra, self.pause = Bicubic(4), [], extra, pause
 
@@ -64,7 +66,8 @@ def outputs(tmp_path, enlarged):
 
 def test_scores_equal_the_metrics_on_whole_clips(test_set, lpips, hr_clips, enlarged, outputs):
     methods = [parse_method("bicubic"), parse_method(f"made before={outputs}")]
-    scores, panels = evaluate(methods, test_set, lpips, panels=1, quiet=True)
+    outcome = evaluate(methods, test_set, lpips, panels=1, quiet=True)
+    scores = outcome.scores
     assert [(s.method, s.clip, s.frames) for s in scores] == [
         ("bicubic", "alpha", 5),
         ("bicubic", "beta", 11),
@@ -78,7 +81,7 @@ def test_scores_equal_the_metrics_on_whole_clips(test_set, lpips, hr_clips, enla
         assert score.lpips == pytest.approx(lpips.clip(sr, hr), abs=1e-9)
         assert (score.seconds_per_frame is None) == (score.method == "made before")
 
-    (panel,) = panels
+    (panel,) = outcome.panels
     assert (panel.clip, panel.frame) == ("alpha", 2)
     assert list(panel.pictures) == ["LR", "bicubic", "made before", "HR"]
     assert np.array_equal(panel.pictures["HR"], hr_clips["alpha"][2])
@@ -96,8 +99,8 @@ def test_a_method_may_answer_late(test_set, lpips, hr_clips, enlarged):
 
 
 def test_only_the_first_frames_when_asked(test_folder, lpips, hr_clips, enlarged, outputs):
-    scores, _ = evaluate([parse_method(f"x={outputs}")], open_test_set(test_folder, 4), lpips, quiet=True)
-    for score in scores:
+    outcome = evaluate([parse_method(f"x={outputs}")], open_test_set(test_folder, 4), lpips, quiet=True)
+    for score in outcome.scores:
         assert score.frames == 4
         assert score.psnr == pytest.approx(psnr(enlarged[score.clip][:4], hr_clips[score.clip][:4]), abs=1e-9)
 
@@ -138,7 +141,8 @@ def test_a_model_folder_is_loaded_once_with_its_settings(test_set, lpips, tmp_pa
     monkeypatch.setitem(vars(flashvsr), "load", load)
     monkeypatch.setitem(vars(flashvsr), "method", make)
     method = parse_method(f"ours={tmp_path},decoder=vae,steps=4,sparse_ratio=1.5,tile=none,lr_projector=v1")
-    evaluate([method], test_set, lpips, quiet=True)
+    outcome = evaluate([method], test_set, lpips, quiet=True)
+    assert outcome.in_use == {"ours": {"decoder": "fake"}}
     loading = {"dtype": torch.float32, "device": "cpu", "lr_projector": "v1"}
     settings = {"decoder": "vae", "steps": 4, "sparse_ratio": 1.5, "tile": None}
     assert calls == [("load", tmp_path, loading)] + [("method", "model", settings)] * 2
