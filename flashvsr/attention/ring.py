@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -24,13 +23,11 @@ class Ring:
         self.values: Tensor | None = None
         self.pooled: Tensor | None = None
 
-    def _allocate(self, k: Tensor) -> None:
+    def _allocate(self, k: Tensor, pooled: Tensor) -> None:
         b, _, heads, d = k.shape
         shape = (self.layers, b, heads, self.slots * self.chunk_tokens, d)
         self.keys, self.values = k.new_zeros(shape), k.new_zeros(shape)
-        self.pooled = torch.zeros(
-            (*shape[:3], self.slots * self.per_chunk, d), dtype=torch.float32, device=k.device
-        )
+        self.pooled = pooled.new_zeros(*shape[:3], self.slots * self.per_chunk, d)
 
     def slot(self, chunk: int) -> int:
         return chunk % self.slots
@@ -38,7 +35,7 @@ class Ring:
     def write(self, layer: int, chunk: int, k: Tensor, v: Tensor, pooled: Tensor) -> None:
         """One chunk of one layer: `k`, `v` `B chunk_tokens heads d`, `pooled` `B heads s d`."""
         if self.keys is None:
-            self._allocate(k)
+            self._allocate(k, pooled)
         tokens = slice(self.slot(chunk) * self.chunk_tokens, (self.slot(chunk) + 1) * self.chunk_tokens)
         self.keys[layer, :, :, tokens] = k.transpose(1, 2)
         self.values[layer, :, :, tokens] = v.transpose(1, 2)

@@ -38,7 +38,8 @@ def time_features(t: Tensor, width: int) -> Tensor:
 
 def _linear_wide(layer: nn.Linear, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(widen(x), widen(layer.weight), widen(layer.bias))
+        weight = widen(layer.weight)
+        return F.linear(x.to(weight.dtype), weight, widen(layer.bias))
 
 
 def _layer_norm(x: Tensor, eps: float) -> Tensor:
