@@ -133,7 +133,7 @@ def test_the_page_says_the_numbers_and_opens_nothing_else(evaluation, tmp_path):
     assert ["VAE", "4", "2.0", "2", "0.5", "0.250", "0.4", "yes"] in page.rows
     assert ["Stage 1: teacher", "3", "1.5", "1", "0.9", "0.900", "0.75", "no"] in page.rows
     assert ["VAE", "11.00 → 17.50 (26.00)"] in page.rows
-    text = " ".join(page.texts)
+    text = " ".join(" ".join(page.texts).split())
     assert (
         "2 clips (alpha, beta), 5 to 11 frames each, 128x96, x4; LQ as found (no prepare.json); RGB" in text
     )
