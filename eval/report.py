@@ -45,7 +45,7 @@ def _results(page: Page, evaluation: dict[str, Any], logs: Sequence[StageLog]) -
         ("psnr", "PSNR ↑", ".2f"),
         ("ssim", "SSIM ↑", ".4f"),
         ("lpips", f"{evaluation['protocol']['lpips_name']} ↓", ".4f"),
-        ("seconds_per_frame", "seconds per frame ↓", ".3g"),
+        ("seconds_per_frame", "seconds per frame ↓", ".4f"),
     ]
     means = evaluation["means"]
     page.table(means, [("method", "method", None), *numbers], best=_marks(means))

@@ -93,14 +93,13 @@ def show(key: str, value: float | None) -> str:
         return "–"
     if math.isinf(value):
         return "∞"
-    digits = {"psnr": 2, "ssim": 4, "lpips": 4}
-    return f"{value:.{digits[key]}f}" if key in digits else f"{value:.3g}"
+    return f"{value:.2f}" if key == "psnr" else f"{value:.4f}"
 
 
 def method_line(method: dict[str, Any]) -> str:
     """What a method was and what it says was in use, in one line."""
     words = [f"`{method['spec']}`", *(f"{k.replace('_', ' ')} {v}" for k, v in method["in_use"].items())]
-    return f"{method['name']}: {', '.join(words)}"
+    return f"{method['name']}: {'; '.join(words)}"
 
 
 def protocol_line(protocol: dict[str, Any]) -> str:

@@ -65,6 +65,8 @@ def evaluate(
     size, naming the method and the clip.
     """
     outcome = Outcome()
+    for method in methods:
+        outcome.in_use[method.name] = _try_out(method, test_set, device, dtype)
     shown = [pair.name for pair in test_set.pairs[:panels]]
     pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in shown}
     lpips = lpips.to(device)
@@ -73,10 +75,7 @@ def evaluate(
         for method in methods:
             start = open_method(method, test_set, device, dtype)
             for pair in test_set.pairs:
-                upscaler = start(pair)
-                # All a method must have is push and flush.
-                outcome.in_use[method.name] = getattr(upscaler, "in_use", {})
-                score, picture = run_clip(method, upscaler, pair, lpips)
+                score, picture = run_clip(method, start(pair), pair, lpips)
                 outcome.scores.append(score)
                 if pair.name in shown:
                     pictures[pair.name][method.name] = picture
@@ -84,6 +83,13 @@ def evaluate(
     for pair in test_set.pairs[:panels]:
         outcome.panels.append(_panel(pair, pictures[pair.name], test_set.scale))
     return outcome
+
+
+def _try_out(method: Method, test_set: TestSet, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Open a method and drop it again, so that mistakes in the last are found before the first has run."""
+    start = open_method(method, test_set, device, dtype)
+    started = [start(pair) for pair in test_set.pairs]
+    return getattr(started[0], "in_use", {})  # all a method must have is push and flush
 
 
 def run_clip(method: Method, upscaler: Upscaler, pair: Pair, lpips: Lpips) -> tuple[Score, np.ndarray]:

@@ -108,8 +108,8 @@ def test_json_csv_and_markdown_hold_the_same_numbers(evaluation, tmp_path):
     assert [float(row["psnr"]) for row in rows] == [26.25, 25.0, 25.0, 27.5, 24.0, 26.0]
     assert rows[2]["lpips-random"] == "0.3" and rows[0]["clip"] == "mean"
     markdown = (tmp_path / "results.md").read_text()
-    assert "| bicubic | **26.25** | **0.8000** | **0.2500** | **0.00169** |" in markdown
-    assert "| ours | beta | 26.00 | 0.7500 | 0.2500 | 0.3 |" in markdown
+    assert "| bicubic | **26.25** | **0.8000** | **0.2500** | **0.0017** |" in markdown
+    assert "| ours | beta | 26.00 | 0.7500 | 0.2500 | 0.3000 |" in markdown
 
 
 def test_infinite_psnr_stays_readable(evaluation, tmp_path):
@@ -128,8 +128,8 @@ def test_the_page_says_the_numbers_and_opens_nothing_else(evaluation, tmp_path):
     assert all(a.startswith("data:image/") for a in page.addresses)
     assert "url(" not in path.read_text()
 
-    assert ["bicubic", "26.25", "0.8000", "0.2500", "0.00169"] in page.rows
-    assert ["ours", "24.00", "0.8500", "0.3500", "0.1"] in page.rows
+    assert ["bicubic", "26.25", "0.8000", "0.2500", "0.0017"] in page.rows
+    assert ["ours", "24.00", "0.8500", "0.3500", "0.1000"] in page.rows
     assert ["VAE", "4", "2.0", "2", "0.5", "0.250", "0.4", "yes"] in page.rows
     assert ["Stage 1: teacher", "3", "1.5", "1", "0.9", "0.900", "0.75", "no"] in page.rows
     assert ["VAE", "11.00 → 17.50 (26.00)"] in page.rows
@@ -138,7 +138,7 @@ def test_the_page_says_the_numbers_and_opens_nothing_else(evaluation, tmp_path):
         "2 clips (alpha, beta), 5 to 11 frames each, 128x96, x4; LQ as found (no prepare.json); RGB" in text
     )
     assert "4 minutes of training from scratch do not beat bicubic in PSNR, SSIM or lpips-random" in text
-    assert "ours: runs/x/export,decoder=vae , decoder vae, attention gather" in text
+    assert "ours: runs/x/export,decoder=vae ; decoder vae; attention gather" in text
     assert "Stage 3: one-step student: no stage3/metrics.jsonl" in text
     assert len([a for a in page.addresses if "png" in a]) == 2 * 4 and re.search(r"alpha, frame 2", text)
 

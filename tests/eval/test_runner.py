@@ -126,7 +126,15 @@ def test_finished_outputs_must_be_there_and_complete(test_set, lpips, outputs):
         evaluate([method], test_set, lpips, quiet=True)
 
 
-def test_a_model_folder_is_loaded_once_with_its_settings(test_set, lpips, tmp_path, monkeypatch):
+def test_a_mistake_in_the_last_method_stops_before_the_first_runs(test_set, lpips, tmp_path, monkeypatch):
+    (tmp_path / "alpha.txt").touch()
+    monkeypatch.setattr(Bicubic, "push", lambda *_: pytest.fail("the first method ran"))
+    methods = [parse_method("bicubic"), parse_method(f"empty={tmp_path}")]
+    with pytest.raises(UserError, match="'empty'.*no output for clip 'alpha'"):
+        evaluate(methods, test_set, lpips, quiet=True)
+
+
+def test_a_model_folder_is_loaded_with_its_settings(test_set, lpips, tmp_path, monkeypatch):
     (tmp_path / "flashvsr.json").write_text("{}")
     calls = []
 
@@ -145,7 +153,8 @@ def test_a_model_folder_is_loaded_once_with_its_settings(test_set, lpips, tmp_pa
     assert outcome.in_use == {"ours": {"decoder": "fake"}}
     loading = {"dtype": torch.float32, "device": "cpu", "lr_projector": "v1"}
     settings = {"decoder": "vae", "steps": 4, "sparse_ratio": 1.5, "tile": None}
-    assert calls == [("load", tmp_path, loading)] + [("method", "model", settings)] * 2
+    once = [("load", tmp_path, loading)] + [("method", "model", settings)] * 2
+    assert calls == once + once  # tried out before anything runs, then run
 
 
 @pytest.mark.parametrize(
