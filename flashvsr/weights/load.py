@@ -6,8 +6,6 @@ are read without executing anything (`weights_only`), and modules are built empt
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +56,11 @@ def load(
     for file in wanted.values():
         _check_file(folder / file.name, file, verify)
     states = {part: _read(folder / file.name, dtype, device) for part, file in wanted.items()}
+    for part, state in states.items():
+        if part != "prompt" and isinstance(state, Tensor):
+            raise UserError(
+                f"{folder / wanted[part].name} holds one tensor instead of named ones; it is another file"
+            )
     config = described.config
     if (folder / INFO_FILE).is_file():
         info = described.info
@@ -65,7 +68,7 @@ def load(
         config, info = _from_shapes(folder, states, lr_projector)
     model = FlashVSR(config=config, info=info, source=str(folder))
     for part, state in states.items():
-        where = str(folder / described.files[part].name)
+        where = str(folder / wanted[part].name)
         if part == "prompt":
             model.prompt = check_prompt(state, config.dit.text_dim, where)
         else:
@@ -179,15 +182,15 @@ def _read(path: Path, dtype: torch.dtype, device: torch.device | str) -> dict[st
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever it likes over damaged bytes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a whole file of plain tensors ({reason}); copy it again") from None
     if isinstance(content, Tensor):
-        return content
+        return content.to(device)
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path} holds something else than named tensors; give the release's file")
-    return {name: _cast(tensor, dtype) for name, tensor in content.items()}
+    return {name: _cast(tensor, dtype).to(device) for name, tensor in content.items()}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,8 +213,6 @@ def _empty(part: str, config: ModelConfig) -> nn.Module:
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> nn.Module:
     """Gives `module` (on any device, also meta) the tensors of `state`; UserError names what does not fit."""
-    if not isinstance(state, Mapping):
-        raise UserError(f"{where} holds one tensor instead of named ones; it is another part's file")
     expected = module.state_dict()
     problems = [
         (f"missing: {', '.join(_some(expected.keys() - state.keys()))}", expected.keys() - state.keys()),

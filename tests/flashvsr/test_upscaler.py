@@ -1,0 +1,233 @@
+"""N frames in, N frames out, the same bits however they are pushed; whole clips against the stream."""
+
+import numpy as np
+import pytest
+import torch
+
+from flashvsr import ClipUpscaler, StreamingUpscaler, method
+from flashvsr.base.cli import UserError
+from flashvsr.base.resize import bicubic_8bit, to_signed, to_uint8
+from flashvsr.streaming.color import correct
+from flashvsr.streaming.frames import Canvas, mirrored
+from flashvsr.streaming.stream import Stream, StreamSettings, seeded_noise
+from flashvsr.streaming.upscaler import first_latents
+
+H, W, SCALE = 5, 13, 3  # 15x39 at the output, 16x48 for the model: 3 blocks in a chunk
+
+
+def video(frames, height=H, width=W):
+    rng = np.random.default_rng(frames)
+    smooth = rng.integers(0, 256, (frames, 1, 1, 3)) * 0.5 + rng.integers(0, 128, (frames, height, width, 3))
+    return smooth.astype(np.uint8)
+
+
+def in_pieces(upscaler, frames, sizes):
+    out, at = [], 0
+    for size in sizes:
+        out.append(upscaler.push(frames[at : at + size]))
+        at += size
+    assert at == len(frames)
+    return np.concatenate([*out, upscaler.flush()])
+
+
+def splits(n):
+    rng = np.random.default_rng(n)
+    ragged = []
+    while sum(ragged) < n:
+        ragged.append(int(min(rng.integers(0, 12), n - sum(ragged))))
+    return [[1] * n, [0, n], ragged]
+
+
+@pytest.mark.parametrize("decoder", ["tc", "vae"])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 13, 21, 22, 25, 26, 41])
+def test_as_many_frames_out_as_in_and_the_same_bits_for_any_split(micro_model, n, decoder):
+    if decoder == "vae" and n > 26:
+        pytest.skip("the buffering is the same for both decoders")
+    frames = video(n)
+    upscaler = StreamingUpscaler(micro_model(), scale=SCALE, decoder=decoder)
+    whole = in_pieces(upscaler, frames, [n])
+    assert whole.shape == (n, H * SCALE, W * SCALE, 3) and whole.dtype == np.uint8
+    for sizes in splits(n):
+        assert (in_pieces(upscaler, frames, sizes) == whole).all(), sizes
+
+
+def test_what_comes_out_when(micro_model):
+    """21 frames after the 25th, then 8 after every 8."""
+    upscaler = StreamingUpscaler(micro_model(), scale=1)
+    frames = video(41, 16, 16)
+    given = [len(upscaler.push(frames[i : i + 1])) for i in range(41)]
+    assert {i: g for i, g in enumerate(given) if g} == {24: 21, 32: 8, 40: 8}
+    assert len(upscaler.flush()) == 4
+    assert len(upscaler.flush()) == 0
+
+
+def test_the_stream_is_what_the_upscaler_runs(micro_model):
+    """Upsample, pad by mirroring, 25 + 8 frames through a Stream, crop, round: written out."""
+    model = micro_model()
+    frames = video(33)
+    big = bicubic_8bit(torch.from_numpy(frames).permute(3, 0, 1, 2), (H * SCALE, W * SCALE))
+    rows, columns = [*range(15), 13], [*range(39), *range(37, 28, -1)]
+    padded = to_signed(big[..., rows, :][..., columns])[None]
+    stream = Stream(model.denoiser(), model.tc_decoder, StreamSettings(area=model.info.area), seeded_noise(0))
+    expected = torch.cat([stream.step(padded[:, :, :25]), stream.step(padded[:, :, 25:])], 2)
+    expected = to_uint8(expected[0, :, :, :15, :39]).permute(1, 2, 3, 0).numpy()
+    upscaler = StreamingUpscaler(model, scale=SCALE)
+    assert (upscaler.push(frames) == expected).all() and len(expected) == 29
+
+
+@pytest.mark.parametrize("sparse_ratio", [2.0, None])
+def test_a_sparse_clip_in_one_forward_equals_the_stream(micro_model, sparse_ratio):
+    """kind sparse, one step, window = kv_chunks + 1: the same frames to a rounding of the last bit."""
+    frames = video(37)
+    streaming = StreamingUpscaler(
+        micro_model(), scale=SCALE, local_range=None, sparse_ratio=sparse_ratio, seed=3
+    )
+    whole = ClipUpscaler(
+        micro_model("sparse", window=4), scale=SCALE, steps=1, sparse_ratio=sparse_ratio, seed=3
+    )
+    a, b = (in_pieces(u, frames, [37]).astype(int) for u in (streaming, whole))
+    assert a.shape == b.shape and abs(a - b).max() <= 1 and (a != b).mean() < 1e-3
+
+
+@pytest.mark.parametrize("kind,mode", [("teacher", "clip"), ("sparse", "causal")])
+@pytest.mark.parametrize("n", [1, 2, 6, 10])
+def test_whole_clips(micro_model, kind, mode, n):
+    seen = []
+    upscaler = ClipUpscaler(
+        micro_model(kind, projector_mode=mode), steps=2, scale=SCALE, on_step=lambda *x: seen.append(x)
+    )
+    frames = video(n)
+    whole = in_pieces(upscaler, frames, [n])
+    assert whole.shape == (n, H * SCALE, W * SCALE, 3)
+    assert (in_pieces(upscaler, frames, [1] * n) == whole).all()
+    total = seen[0][1]
+    assert seen[: len(seen) // 2] == [(i + 1, total) for i in range(total)]
+
+
+def test_more_steps_are_other_frames_and_seeds_matter(micro_model):
+    frames = video(5)
+    runs = [
+        in_pieces(ClipUpscaler(micro_model("teacher"), steps=steps, seed=seed), frames, [5])
+        for steps, seed in ((1, 0), (1, 0), (3, 0), (1, 1))
+    ]
+    assert (runs[0] == runs[1]).all()
+    assert (runs[0] != runs[2]).any() and (runs[0] != runs[3]).any()
+
+
+def test_noise_may_be_injected(micro_model):
+    frames, asked = video(9), []
+
+    def zeros(index, shape):
+        asked.append((index, shape))
+        return torch.zeros(shape)
+
+    out = in_pieces(StreamingUpscaler(micro_model(), scale=SCALE, noise=zeros), frames, [9])
+    assert asked == [(i, (16, 2, 6)) for i in range(4)]
+    assert (out != in_pieces(StreamingUpscaler(micro_model(), scale=SCALE), frames, [9])).any()
+
+
+def test_bfloat16_weights_are_close_to_float32(micro_model, tmp_path):
+    import flashvsr
+
+    model = micro_model()
+    parts = {p: getattr(model, p) for p in ("dit", "lr_projector", "tc_decoder", "vae", "prompt")}
+    flashvsr.save_model(tmp_path / "m", config=model.config, info=model.info, **parts)
+    full, half = (flashvsr.load(tmp_path / "m", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for decoder in ("tc", "vae"):
+        # without colours: AdaIN magnifies whatever an untrained decoder of little contrast gives
+        a, b = (
+            in_pieces(
+                StreamingUpscaler(m, scale=SCALE, decoder=decoder, color_fix="none"), video(6), [6]
+            ).astype(int)
+            for m in (full, half)
+        )
+        assert abs(a - b).mean() < max(0.5, 0.05 * a.std())
+    assert StreamingUpscaler(half).in_use["precision"] == "bfloat16"
+
+
+def test_mirroring():
+    assert mirrored(4, 11).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
+    assert mirrored(1, 3).tolist() == [0, 0, 0]
+    assert mirrored(5, 5).tolist() == [0, 1, 2, 3, 4]
+    canvas = Canvas((5, 13), 4, (32, 64), "cpu")
+    assert canvas.size == (20, 52) and canvas.padded == (32, 64)
+    frames = torch.from_numpy(video(2))
+    placed = canvas.place(frames)
+    assert placed.shape == (1, 3, 2, 32, 64) and placed.abs().max() <= 1
+    back = canvas.take(placed)
+    expected = bicubic_8bit(frames.permute(3, 0, 1, 2), (20, 52)).permute(1, 2, 3, 0).numpy()
+    assert (back == expected).all()
+
+
+def test_first_latents():
+    assert [first_latents(n) for n in (1, 5, 6, 13, 14, 21, 24)] == [2, 2, 4, 4, 6, 6, 6]
+
+
+def test_color_fix():
+    """AdaIN gives LR's mean and deviation; `none` only clamps."""
+    torch.manual_seed(0)
+    sr, lr = torch.randn(1, 3, 2, 32, 32) * 0.1 + 0.5, torch.randn(1, 3, 2, 32, 32) * 0.2
+    fixed = correct(sr, lr, "adain")
+    assert torch.allclose(fixed.mean((-1, -2)), lr.mean((-1, -2)), atol=1e-4)
+    assert torch.allclose(fixed.std((-1, -2)), lr.std((-1, -2)), atol=1e-3)
+    assert torch.equal(correct(sr * 10, lr, "none"), (sr * 10).clamp(-1, 1))
+
+
+def test_method_goes_by_the_kind(micro_model):
+    assert isinstance(method(micro_model(), seed=1), StreamingUpscaler)
+    assert isinstance(method(micro_model("teacher"), steps=2), ClipUpscaler)
+    assert isinstance(method(micro_model("sparse"), sparse_ratio=1.5), ClipUpscaler)
+    assert method(micro_model("sparse", sparse_ratio=1.25)).in_use["sparse_ratio"] == 1.25
+    assert method(micro_model(sparse_ratio=1.25)).settings.sparse_ratio == 1.25
+
+
+@pytest.mark.parametrize(
+    "kind,settings,sentence",
+    [
+        ("one-step", {"steps": 4}, "'steps' has no meaning for a model of kind 'one-step'"),
+        ("one-step", {"kv_chunk": 4}, "did you mean 'kv_chunks'"),
+        ("one-step", {"kv_chunks": 1}, "kv_chunks=1: a stream keeps at least 2"),
+        ("one-step", {"local_range": 0}, "local_range=0 must be at least 1"),
+        ("one-step", {"sparse_ratio": 0}, "sparse_ratio=0 must be"),
+        ("one-step", {"attention": "flash"}, "'flash' is unknown"),
+        ("one-step", {"decoder": "taehv"}, "decoder='taehv' must be"),
+        ("one-step", {"color_fix": "lab"}, "color_fix='lab' must be"),
+        ("one-step", {"scale": 0}, "scale=0 must be at least 1"),
+        ("one-step", {"scale": 2.5}, "scale=2.5 must be int"),
+        ("teacher", {"sparse_ratio": 1.5}, "no effect on a teacher"),
+        ("teacher", {"kv_chunks": 3}, "'kv_chunks' has no meaning"),
+        ("teacher", {"steps": 0}, "steps=0 must be"),
+        ("sparse", {"steps": "4"}, "steps='4' must be"),
+        ("vae", {}, "of kind 'vae' and cannot upscale"),
+    ],
+)
+def test_settings_that_cannot_be(micro_model, kind, settings, sentence):
+    with pytest.raises(UserError) as error:
+        method(micro_model(kind), **settings)
+    assert sentence in str(error.value)
+
+
+def test_a_model_of_another_kind_or_without_a_part(micro_model):
+    with pytest.raises(UserError, match="only one-step models stream"):
+        StreamingUpscaler(micro_model("teacher"))
+    with pytest.raises(UserError, match="a one-step model streams"):
+        ClipUpscaler(micro_model())
+    model = micro_model(provenance={"run": "mine"})
+    model.tc_decoder = None
+    assert StreamingUpscaler(model).in_use["decoder"] == "vae"
+    with pytest.raises(UserError, match="no TC decoder .*`python -m train stage=decoder run=mine` makes it"):
+        StreamingUpscaler(model, decoder="tc")
+    model.vae = None
+    with pytest.raises(UserError, match="no TC decoder"):
+        StreamingUpscaler(model)
+
+
+def test_frames_that_cannot_be(micro_model):
+    for upscaler in (StreamingUpscaler(micro_model()), ClipUpscaler(micro_model("teacher"))):
+        for wrong in (video(2).astype(float), video(2)[0], video(2)[..., :2]):
+            with pytest.raises(UserError, match="frames must be uint8"):
+                upscaler.push(wrong)
+        upscaler.push(video(2))
+        with pytest.raises(UserError, match="6x13 after frames of 5x13: flush before"):
+            upscaler.push(video(2, 6, 13))
+    assert StreamingUpscaler(micro_model()).flush().shape == (0, 0, 0, 3)
