@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data.clips import Clips
+from data.loader import in_order
 from data.sampler import shuffled
 from flashvsr.base.cli import Progress, UserError
 from flashvsr.base.files import atomic, read_json, write_json
@@ -76,11 +77,11 @@ def cached(
     """Encodes every slot of `clips` that `folder` does not hold yet and returns the clips with latents.
 
     `encode` takes hr uint8 `3 F H W` (F = 4n-3 of the video's 4n+1 frames; 1 of an image) and returns latents
-    `16 n H/8 W/8`; `tag` names it (a hash of its weights); None stores the pixels alone, so that clips are
-    decoded and degraded once. `pixels=False` stores latents alone: a tenth of
-    the disk, but every read decodes and degrades again. Stopping at any moment is safe: slots are written
-    whole or not at all and the next call goes on. Raises UserError when `clips` has no slots or `folder`
-    holds latents made from something else.
+    `16 n H/8 W/8`; `tag` names it (a hash of its weights). With None the pixels alone are stored, so that clips
+    are decoded and degraded once. `pixels=False` stores latents alone: a tenth of the disk, but every read
+    decodes and degrades again. Stopping at any moment is safe: slots are written whole or not at all and the
+    next call goes on. Raises UserError when `clips` has no slots or `folder` holds latents made from something
+    else.
     """
     from safetensors.torch import save_file
 
@@ -95,32 +96,33 @@ def cached(
         write_json(folder / MANIFEST, manifest)
     counters = {shuffled(c, slots, clips.seed, "slots"): c for c in range(slots)}
     missing = [slot for slot in range(slots) if not _file(folder, slot).exists()]
-    if missing:
-        with Progress(
-            len(missing), "pixels" if encode is None else "latents", unit="clip", quiet=quiet
-        ) as progress:
-            for slot in missing:
-                tensors = {}
-                for i, segment in enumerate(clips.sample(counters[slot])["segments"]):
-                    hr = segment["hr"]
-                    used = hr[:, : max(1, hr.shape[1] - 4)]  # the last four HR frames are look-ahead only
-                    if encode is not None:
-                        tensors[f"latent.{i}"] = encode(used).detach().to("cpu", torch.float32).contiguous()
-                    if pixels:
-                        tensors |= {f"hr.{i}": hr, f"lr.{i}": segment["lr"]}
-                with atomic(_file(folder, slot)) as part:
-                    save_file(tensors, part)
-                progress.update()
+    if not missing:
+        return CachedClips(clips, folder)
+    label = "pixels" if encode is None else "latents"
+    with Progress(len(missing), label, unit="clip", quiet=quiet) as progress:
+        samples = in_order(clips, [[counters[slot]] for slot in missing], clips.config.workers)
+        for slot, (sample,) in zip(missing, samples, strict=True):
+            tensors = {}
+            for i, segment in enumerate(sample["segments"]):
+                hr = segment["hr"]
+                used = hr[:, : max(1, hr.shape[1] - 4)]  # the last four HR frames are look-ahead only
+                if encode is not None:
+                    tensors[f"latent.{i}"] = encode(used).detach().to("cpu", torch.float32).contiguous()
+                if pixels:
+                    tensors |= {f"hr.{i}": hr, f"lr.{i}": segment["lr"]}
+            with atomic(_file(folder, slot)) as part:
+                save_file(tensors, part)
+            progress.update()
     return CachedClips(clips, folder)
 
 
 def _compare(found: dict, wanted: dict, folder: Path) -> None:
-    # Through JSON: what was written has lists where the config has tuples.
-    wanted = json.loads(json.dumps(wanted))
-    flat = {**found, **found.get("config", {})}, {**wanted, **wanted["config"]}
-    for key, value in flat[1].items():
-        if flat[0].get(key) != value:
-            shown = "another corpus" if key == "corpus" else f"{key}={flat[0].get(key)!r}, not {value!r}"
+    wanted = json.loads(json.dumps(wanted))  # what was written has lists where the config has tuples
+    flat = [{**made, **made.get("config", {})} for made in (found, wanted)]
+    for key in sorted(flat[1].keys() - {"config"}):
+        old, new = (made.get(key) for made in flat)
+        if old != new:
+            shown = "another corpus" if key == "corpus" else f"{key}={old!r}, not {new!r}"
             raise UserError(
                 f"the latents in '{folder}' were made with {shown}: delete that folder to encode again"
             )

@@ -1,6 +1,6 @@
 """Ordered, parallel loading: the same batches for any number of workers and ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,26 +25,46 @@ def collate(samples: list[dict]) -> dict:
     }
 
 
-class _Batches(Dataset):
-    """Map-style: a list of counters to one batch. A user's error travels as a value, since a worker would
-    wrap it in a traceback."""
+class _Samples(Dataset):
+    """Map-style: a list of counters to their samples. A user's error travels as a value, since a worker
+    would wrap it in a traceback."""
 
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
 
-    def __getitem__(self, counters: list[int]) -> dict | UserError:
+    def __getitem__(self, counters: list[int]) -> list[dict] | UserError:
         try:
-            return collate([self.clips.sample(counter) for counter in counters])
+            return [self.clips.sample(counter) for counter in counters]
         except UserError as error:
             return error
 
 
-def _as_is(batch):
-    return batch
+def _as_is(samples):
+    return samples
 
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def in_order(clips: Clips, counters: Iterable[list[int]], workers: int) -> Iterator[list[dict]]:
+    """The samples of each list of counters, in order, made by `workers` processes (0: by this one).
+
+    Raises UserError from any worker.
+    """
+    loader = DataLoader(
+        _Samples(clips),
+        batch_size=None,
+        sampler=counters,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_one_thread,
+        prefetch_factor=2 if workers else None,
+    )
+    for samples in loader:
+        if isinstance(samples, UserError):
+            raise samples
+        yield samples
 
 
 def batches(
@@ -56,16 +76,4 @@ def batches(
     sample holds). The order does not depend on `workers` (0: in this process). Raises UserError from any
     worker.
     """
-    loader = DataLoader(
-        _Batches(clips),
-        batch_size=None,
-        sampler=RankCounters(start, micro_batch, rank, world),
-        num_workers=workers,
-        collate_fn=_as_is,
-        worker_init_fn=_one_thread,
-        prefetch_factor=2 if workers else None,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return map(collate, in_order(clips, RankCounters(start, micro_batch, rank, world), workers))

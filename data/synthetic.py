@@ -79,7 +79,7 @@ def _leaves(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 
 
 def _clouds(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    return _coloured(_noise(rng, height, width, 8, rng.uniform(0.7, 0.9)), _palette(rng, 5))
+    return _coloured(_noise(rng, height, width, 8, rng.uniform(0.85, 1.0)), _palette(rng, 5))
 
 
 def _marble(rng: np.random.Generator, height: int, width: int) -> Image.Image:

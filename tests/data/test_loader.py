@@ -1,0 +1,175 @@
+"""Samples as a function of the counter, and the same order for any number of ranks and workers."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from data.clips import Clips
+from data.loader import DataConfig, batches, open_dataset
+from data.sampler import RankCounters, shuffled
+from data.shards import read_index
+from flashvsr.base.cli import UserError
+from tests.data.conftest import CLIPS, moving
+
+
+@pytest.fixture
+def config(shards):
+    return DataConfig(shards=str(shards), latents_per_clip=2, height=32, width=64, flip=False)
+
+
+def same(a, b):
+    return a["id"] == b["id"] and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+        for x, y in zip(a["segments"], b["segments"], strict=True)
+    )
+
+
+def test_shuffled_visits_everything_once_an_epoch():
+    epochs = [[shuffled(e * 7 + i, 7, 3, "clips") for i in range(7)] for e in range(3)]
+    assert all(sorted(e) == list(range(7)) for e in epochs) and epochs[0] != epochs[1]
+    assert [shuffled(i, 7, 4, "clips") for i in range(7)] != epochs[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_one_order(world):
+    ranks = [list(islice(iter(RankCounters(20, 3, rank, world)), 4)) for rank in range(world)]
+    steps = [sum((ranks[r][step] for r in range(world)), []) for step in range(4)]
+    assert sum(steps, []) == list(range(20, 20 + 12 * world))
+
+
+def test_sample_layout_and_exact_pixels(config):
+    clips = open_dataset(config, seed=1)
+    for counter in range(4):
+        sample = clips.sample(counter)
+        assert sample["id"] == f"train-{counter}" and sample["counter"] == counter
+        hr, lr = sample["segments"][0]["hr"], sample["segments"][0]["lr"]
+        assert hr.shape == (3, 9, 32, 64) and lr.shape == (3, 9, 8, 16)
+        assert hr.dtype == lr.dtype == torch.uint8
+        assert any(holds(moving(*shape), hr) for shape in CLIPS.values())
+
+
+def holds(source: np.ndarray, hr: torch.Tensor) -> bool:
+    """Whether a crop `C F H W` is a window of a source `F H W 3`, mirrored in time when that is too short."""
+    frames = hr.permute(1, 2, 3, 0).numpy()
+    count, height, width = frames.shape[:3]
+    if len(source) < count:
+        source = np.concatenate([source, source[-2::-1]])[:count]
+    starts = range(len(source) - count + 1)
+    tops, lefts = range(source.shape[1] - height + 1), range(source.shape[2] - width + 1)
+    for s in starts:
+        for t in tops:
+            for x in lefts:
+                if np.array_equal(source[s, t, x : x + 4], frames[0, 0, :4]) and np.array_equal(
+                    source[s : s + count, t : t + height, x : x + width], frames
+                ):
+                    return True
+    return False
+
+
+def test_short_clips_go_back_and_forth(config):
+    clips = open_dataset(config, seed=0)
+    index = read_index(config.shards)
+    split = next(s for s, samples in index.splits.items() if any(c.key == "cedar" for c in samples))
+    clips = Clips(replace(config, split=split), index, seed=0)
+    cedar = next(s for s in clips.videos if s.key == "cedar")
+    hr = clips._segment(cedar, 9, (64, 64), 0, 0)["hr"]
+    expected = moving(*CLIPS["cedar"])[[0, 1, 2, 3, 4, 3, 2, 1, 0]]
+    assert np.array_equal(hr.permute(1, 2, 3, 0).numpy(), expected)
+
+
+def test_flip_mirrors_some_clips_and_changes_nothing_else(config):
+    plain, flipping = open_dataset(config, 1), open_dataset(replace(config, flip=True), 1)
+    flipped = 0
+    for counter in range(8):
+        a, b = (c.sample(counter)["segments"][0]["hr"] for c in (plain, flipping))
+        flipped += torch.equal(a.flip(-1), b) and not torch.equal(a, b)
+        assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+    assert 1 <= flipped <= 7
+
+
+def test_samples_depend_on_seed_and_counter_alone(config):
+    first = open_dataset(config, 1)
+    again = open_dataset(config, 1)
+    assert same(first.sample(5), again.sample(5)) and same(first.sample(5), first.sample(5))
+    assert not same(first.sample(5), first.sample(8))  # same clip three draws later, another crop
+    assert not same(first.sample(5), open_dataset(config, 2).sample(5))
+
+
+def test_slots_bound_the_distinct_samples(config):
+    clips = open_dataset(replace(config, slots=3), 1)
+    samples = [clips.sample(c) for c in range(6)]
+    assert sorted(s["id"] for s in samples[:3]) == sorted(s["id"] for s in samples[3:])
+    by_id = {s["id"]: s for s in samples[:3]}
+    assert len(by_id) == 3 and all(same(s, by_id[s["id"]]) for s in samples[3:])
+
+
+def test_images_are_packed_beside_the_video(config):
+    clips = open_dataset(replace(config, images=2, image_height=64, image_width=64), 1)
+    segments = clips.sample(0)["segments"]
+    assert [tuple(s["hr"].shape) for s in segments] == [(3, 9, 32, 64), (3, 1, 64, 64), (3, 1, 64, 64)]
+    assert [tuple(s["lr"].shape) for s in segments[1:]] == [(3, 1, 16, 16)] * 2
+    assert not torch.equal(segments[1]["hr"], segments[2]["hr"])
+
+
+def test_short_side_shrinks_and_never_enlarges(config):
+    clips = open_dataset(replace(config, height=32, width=32, short_side=64), 1)
+    sizes = {s.key: clips._size(s) for s in clips.videos}
+    expected = {"ash": (64, 96), "birch": (80, 64), "cedar": (64, 64), "fir": (64, 85)}
+    assert sizes == {k: expected[k] for k in sizes}
+    assert clips.sample(0)["segments"][0]["hr"].shape == (3, 9, 32, 32)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0)])
+def test_batches_are_the_same_for_any_world_and_workers(config, world, workers):
+    clips = open_dataset(replace(config, images=1, height=32, width=32), 1)
+    expected = [clips.sample(c) for c in range(4, 12)]
+    steps = 8 // (2 * world)
+    streams = [batches(clips, 4, 2, rank, world, workers) for rank in range(world)]
+    got = [next(stream) for _ in range(steps) for stream in streams]
+    for i, batch in enumerate(got):
+        pair = expected[2 * i : 2 * i + 2]
+        assert batch["ids"] == [s["id"] for s in pair]
+        assert batch["counters"].tolist() == [s["counter"] for s in pair]
+        for j, segment in enumerate(batch["segments"]):
+            for name, tensor in segment.items():
+                assert torch.equal(tensor, torch.stack([s["segments"][j][name] for s in pair]))
+
+
+class Failing:
+    def sample(self, counter):
+        raise UserError(f"clip {counter} is damaged")
+
+
+def test_a_users_error_in_a_worker_stays_one_sentence():
+    with pytest.raises(UserError, match="^clip 0 is damaged$"):
+        next(batches(Failing(), 0, 1, 0, 1, 1))
+
+
+def test_small_clips_are_left_out_and_counted_or_refused(config, capsys):
+    clips = open_dataset(replace(config, height=64, width=96), 1)
+    out = capsys.readouterr().out
+    kept = {s.key for s in clips.videos}
+    assert kept <= {"ash", "fir"} and kept and "skipped, too small for a 96x64 crop" in out
+    with pytest.raises(UserError, match="no clip in split 'train' .* large enough for a 256x256 crop"):
+        open_dataset(replace(config, height=256, width=256), 1)
+    with pytest.raises(UserError, match="no split 'test'"):
+        open_dataset(replace(config, split="test"), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "height=40 must be a positive multiple of 32"),
+        ({"latents_per_clip": 0}, "latents_per_clip=0"),
+        ({"slots": 0}, "slots=0"),
+        ({"scale": 3}, "multiple of scale=3"),
+        ({"image_height": 64}, "need images=1"),
+        ({"degradation": "nice"}, "unknown degradation preset 'nice'"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(config, change, message):
+    with pytest.raises(UserError, match=message):
+        replace(config, **change)
