@@ -77,11 +77,11 @@ def cached(
     """Encodes every slot of `clips` that `folder` does not hold yet and returns the clips with latents.
 
     `encode` takes hr uint8 `3 F H W` (F = 4n-3 of the video's 4n+1 frames; 1 of an image) and returns latents
-    `16 n H/8 W/8`; `tag` names it (a hash of its weights). With None the pixels alone are stored, so that clips
-    are decoded and degraded once. `pixels=False` stores latents alone: a tenth of the disk, but every read
-    decodes and degrades again. Stopping at any moment is safe: slots are written whole or not at all and the
-    next call goes on. Raises UserError when `clips` has no slots or `folder` holds latents made from something
-    else.
+    `16 n H/8 W/8`; `tag` names it (a hash of its weights). With None the pixels alone are stored, so that
+    clips are decoded and degraded once. `pixels=False` stores latents alone: a tenth of the disk, but every
+    read decodes and degrades again. Stopping at any moment is safe: slots are written whole or not at all
+    and the next call goes on. Raises UserError when `clips` has no slots or `folder` holds latents made from
+    something else.
     """
     from safetensors.torch import save_file
 
