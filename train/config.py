@@ -107,7 +107,8 @@ class Data:
     images: int  # stage 1: packed beside each video
     short_side: int | None
     slots: int | None
-    val_slots: int
+    val_slots: int  # held-out clips of the loss
+    val_pictures: int  # of them, how many are upscaled, scored and shown
     latents: Literal["auto", "off"]  # auto: encode once, write runs/NAME/latents-<hash>/ (needs slots)
     workers: int
     flip: bool

@@ -22,7 +22,7 @@ from train.losses.pixel import lpips_frames, mse
 from train.stages.shared import Inputs, Loss, Stage
 from train.turns import Losses
 
-STATISTICS_CLIPS = 8
+STATISTICS_CLIPS = 4
 
 
 class Vae(Stage):

@@ -1,0 +1,112 @@
+"""Loss maths against closed forms and float64."""
+
+import pytest
+import torch
+
+from flashvsr.config import VAEConfig
+from flashvsr.models.wan_vae import WanVAE
+from train.losses.dmd import dmd, dmd_direction
+from train.losses.flow_matching import flow_matching, segment_errors
+from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_flow_matching_counts_every_segment_the_same():
+    shapes = [(2, 16, 3, 4, 4), (2, 16, 1, 2, 2)]
+    v, x0, eps = ([randn(*s, seed=i + 7 * k) for i, s in enumerate(shapes)] for k in range(3))
+    expected = torch.stack(
+        [
+            sum(((a[b] - (e[b] - x[b])).double() ** 2).mean() for a, x, e in zip(v, x0, eps, strict=True)) / 2
+            for b in range(2)
+        ]
+    )
+    assert torch.allclose(flow_matching(v, x0, eps).double(), expected, rtol=1e-6)
+    assert segment_errors(v, x0, eps).shape == (2, 2)
+
+
+def test_flow_matching_is_zero_at_the_target():
+    x0, eps = randn(1, 16, 2, 2, 2), randn(1, 16, 2, 2, 2, seed=1)
+    assert flow_matching([eps - x0], [x0], [eps]).item() == 0
+
+
+def test_dmd_gradient_is_the_direction_over_the_sample_size():
+    z, real, fake = (randn(3, 4, 2, 2, 2, seed=i) for i in range(3))
+    direction = dmd_direction(z, real, fake)
+    for b in range(3):
+        scale = (z[b] - real[b]).abs().double().mean()
+        assert torch.allclose(direction[b].double(), (fake[b] - real[b]).double() / scale, rtol=1e-5, atol=1e-6)
+    z.requires_grad_()
+    value = dmd(z, direction)
+    assert torch.allclose(value, 0.5 * direction.square().flatten(1).mean(1), rtol=1e-4)
+    value.sum().backward()
+    assert torch.allclose(z.grad, direction / z[0].numel(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_dmd_moves_a_gaussian_to_the_teacher(sign):
+    """Student N(m, s^2), teacher N(1, 0.5^2), both scores in closed form: x0 estimate of a Gaussian at sigma.
+    With the right sign the student's mean and spread reach the teacher's; with the wrong one they run away."""
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = torch.tensor(-1.0, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    optimizer = torch.optim.SGD([mean, log_std], lr=0.1)
+
+    def estimate(x, sigma, m, s):
+        a = 1 - sigma
+        return m + a * s**2 / (a**2 * s**2 + sigma**2) * (x - a * m)
+
+    for _ in range(400):
+        z = mean + log_std.exp() * torch.randn(256, 1, generator=generator)
+        sigma = torch.rand(256, 1, generator=generator) * 0.96 + 0.02
+        x = (1 - sigma) * z.detach() + sigma * torch.randn(256, 1, generator=generator)
+        real = estimate(x, sigma, 1.0, 0.5)
+        fake = estimate(x, sigma, mean.detach(), log_std.exp().detach())
+        direction = (fake - real) / (z.detach() - real).abs().mean()  # one scale for the whole toy batch
+        loss = dmd(z, sign * direction).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if abs(mean.item()) > 4:
+            break
+    if sign == 1:
+        assert abs(mean.item() - 1) < 0.05 and abs(log_std.exp().item() - 0.5) < 0.05
+    else:
+        assert abs(mean.item() - 1) > 2
+
+
+def test_window_frames_are_those_of_the_alignment():
+    assert window_frames(0) == slice(0, 5)
+    assert window_frames(1) == slice(1, 9)
+    assert window_frames(3, 4) == slice(9, 25)
+
+
+def test_decoding_a_window_equals_the_whole_and_reaches_no_other_latent():
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=4)).requires_grad_(False)
+    z = randn(1, 16, 6, 4, 4).requires_grad_()
+    whole, _ = vae.decode(z.detach())
+    for first in (0, 1, 3, 4):
+        z.grad = None
+        frames = decode_window(lambda a, b, memory: vae.decode(z[:, :, a:b], memory), first, 2)
+        assert torch.allclose(frames, whole[:, :, window_frames(first, 2)], atol=1e-5)
+        frames.square().sum().backward()
+        reached = z.grad.abs().amax((0, 1, 3, 4))
+        inside = torch.zeros(6, dtype=torch.bool)
+        inside[first : first + 2] = True
+        assert (reached[~inside] == 0).all() and (reached[inside] > 0).all()
+
+
+def test_pixel_losses_average_over_a_sample():
+    sr, hr = randn(2, 3, 4, 8, 8), randn(2, 3, 4, 8, 8, seed=1)
+    assert torch.allclose(mse(sr, hr), (sr - hr).square().mean((1, 2, 3, 4)), rtol=1e-6)
+
+    def metric(x, y):
+        return (x - y).abs().mean((1, 2, 3))
+
+    expected = (sr - hr).abs().mean((1, 2, 3, 4))
+    assert torch.allclose(lpips_frames(metric, sr, hr), expected, rtol=1e-5)
+    sr.requires_grad_()
+    lpips_frames(metric, sr, hr).sum().backward()
+    assert torch.allclose(sr.grad, (sr - hr).sign().detach() / sr[0].numel(), rtol=1e-4)

@@ -1,0 +1,167 @@
+"""All five stages in miniature, in this process: what each leaves, what it must not see, and resuming."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import flashvsr
+from data import build
+from flashvsr.base.cli import UserError
+from flashvsr.base.draws import Draw
+from train import loop
+from train.config import compose
+from train.launch import World
+from train.stages import make_stage
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+SMALL = [
+    "data.height=64", "data.width=64", "data.latents_per_clip=8", "data.slots=2", "data.val_slots=1",
+    "data.short_side=96", "data.workers=0", "scale.train.vae.crop=32", "steps=2", "save_every=1",
+    "validate_every=2", "optim.warmup=0", "log.quiet=true", "seed=3",
+]  # fmt: skip
+
+
+def config(stage, folder, *overrides, run="mini"):
+    return compose(
+        stage, [f"runs_dir={folder}", f"run={run}", f"data.shards={folder}/data", *SMALL, *overrides]
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that has been through every stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    build.build([], folder / "data", synthetic_clips=3, quiet=True)
+    for stage in ("vae", "teacher", "sparse_causal", "one_step", "decoder"):
+        assert loop.run(config(stage, folder), WORLD) == 0
+    return folder
+
+
+def metrics(folder, stage, run="mini"):
+    return [json.loads(line) for line in (folder / run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_stage_leaves_what_it_is_for(runs):
+    kinds = {"stage1": "teacher", "stage2": "sparse", "stage3": "one-step"}
+    for stage, kind in kinds.items():
+        model = flashvsr.load(runs / "mini" / stage / "export")
+        assert model.info.kind == kind and model.dit is not None and model.lr_projector is not None
+        assert model.info.projector_mode == ("clip" if stage == "stage1" else "causal")
+        assert model.info.area == 64 * 64
+    assert flashvsr.load(runs / "mini/vae/export").vae is not None
+    assert flashvsr.load(runs / "mini/decoder/export").tc_decoder is not None
+
+
+def test_metrics_hold_every_term_and_its_gradient_norm(runs):
+    (first, *_, last) = metrics(runs, "stage3")
+    assert first["kind"] == "val" and first["step"] == 0 and last["kind"] == "val" and last["step"] == 2
+    train = [m for m in metrics(runs, "stage3") if m["kind"] == "train"]
+    assert [m["step"] for m in train] == [1, 2]
+    assert "loss/dmd" not in train[0] and "loss/fake" in train[0]  # the student learns every second step
+    for term in ("dmd", "mse", "lpips", "fake"):
+        assert train[1][f"loss/{term}"] > 0 and train[1][f"term_grad/{term}"] > 0
+    assert {"bicubic/psnr", "val/psnr", "val/loss"} <= last.keys()
+
+
+def test_the_same_command_again_does_nothing(runs, capsys):
+    assert loop.run(config("teacher", runs), WORLD) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_stopping_and_going_on_equals_never_stopping(runs):
+    """One step, then the same command again up to two, equals two steps at once, bit for bit."""
+    copy = runs / "again"
+    for stage in ("vae", "stage2"):
+        shutil.copytree(runs / "mini" / stage, copy / stage)
+    for folder in (runs / "mini").glob("*-*"):
+        shutil.copytree(folder, copy / folder.name)
+    for name, stage in (("teacher", "stage1"), ("one_step", "stage3")):
+        full = runs / "mini" / stage
+        shutil.copytree(full, copy / stage)
+        shutil.rmtree(copy / stage / "export")
+        shutil.rmtree(copy / stage / "checkpoints" / "step-000002")
+        again = config(name, runs, run="again", *["resume=force"])
+        assert loop.run(again, WORLD) == 0
+        a = flashvsr.load(full / "export").dit.state_dict()
+        b = flashvsr.load(copy / stage / "export").dit.state_dict()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        keep = ("step", "kind", "counter", "lr")
+        numbers = [
+            [{k: v for k, v in m.items() if k in keep or k.startswith(("loss/", "grad_norm/"))} for m in rows]
+            for rows in (metrics(runs, stage), metrics(runs, stage, "again"))
+        ]
+        assert numbers[0] == numbers[1]
+
+
+def test_changed_settings_are_refused_with_a_diff(runs):
+    shutil.rmtree(runs / "mini/stage2/export", ignore_errors=True)
+    with pytest.raises(UserError, match=r"optim\.lr: .* -> 0\.5"):
+        loop.run(config("sparse_causal", runs, "optim.lr=0.5", "steps=2"), WORLD)
+    assert loop.run(config("sparse_causal", runs), WORLD) == 0  # and the run itself is intact
+
+
+@pytest.mark.parametrize(("stage", "needed"), [("teacher", "vae"), ("sparse_causal", "stage=1|vae")])
+def test_a_stage_before_the_one_it_needs(runs, stage, needed):
+    with pytest.raises(UserError, match=needed):
+        make_stage(config(stage, runs, run="empty"), WORLD)
+    assert not (runs / "empty" / "stage1" / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def one_step(runs):
+    stage = make_stage(config("one_step", runs), WORLD)
+    with torch.no_grad():  # a fake score equal to the teacher would give no direction at all
+        stage.roles["fake"].module.dit.head.head.bias += 0.1
+    clips = stage.clips("train")
+    sample = clips.sample(0)
+    micro = {"segments": [{k: v[None] for k, v in s.items()} for s in sample["segments"]]}
+    draw = Draw(0, 0, [0])
+    return stage, stage.prepare(micro, draw), draw
+
+
+def test_the_student_sees_nothing_of_hr(one_step):
+    stage, inputs, draw = one_step
+    losses = stage.student_loss(inputs, draw)
+    blank = type(inputs)([torch.zeros_like(x) for x in inputs.hr], inputs.lr,
+                         [torch.zeros_like(x) for x in inputs.latents], inputs.extra)  # fmt: skip
+    assert torch.equal(losses.outputs[0], stage.student_loss(blank, draw).outputs[0])
+
+
+def test_pixel_terms_reach_two_latents_and_dmd_all(one_step):
+    stage, inputs, draw = one_step
+    losses = stage.student_loss(inputs, draw)
+    n = losses.at[0].shape[2]
+    first = int(draw.step("pixel.window") * (n - 1))
+    for term, inside in (("mse", {first, first + 1}), ("lpips", {first, first + 1}), ("dmd", set(range(n)))):
+        (gradient,) = torch.autograd.grad(losses.terms[term].sum(), losses.at, retain_graph=True)
+        reached = gradient.abs().amax((0, 1, 3, 4)) > 0
+        assert {i for i in range(n) if reached[i]} == inside
+
+
+def test_no_gradient_reaches_teacher_or_fake_in_the_students_turn(one_step):
+    stage, inputs, draw = one_step
+    losses = stage.student_loss(inputs, draw)
+    sum(term.sum() for term in losses.terms.values()).backward()
+    losses.outputs[0].sum().backward()
+    assert all(p.grad is None for p in stage.teacher.parameters())
+    assert all(p.grad is None for p in stage.roles["fake"].module.parameters())
+    student = stage.roles["student"].trained()
+    assert all(p.grad is not None for p in student.values())
+    stage.roles["student"].optimizer.zero_grad()
+    losses = stage.fake_loss(inputs, draw)
+    losses.terms["fake"].sum().backward()
+    losses.outputs[0].sum().backward()
+    assert all(p.grad is None for p in student.values())
+
+
+def test_the_prompt_stays_as_it_was(runs):
+    """Frozen cross-attention keys and values: the prompt's K/V of stage 3 equal stage 1's."""
+    first, last = (flashvsr.load(runs / f"mini/{s}/export") for s in ("stage1", "stage3"))
+    assert torch.equal(first.prompt, last.prompt)
+    for model in (first, last):
+        model.denoiser()
+    for a, b in zip(first.dit.blocks, last.dit.blocks, strict=True):
+        assert torch.equal(a.cross_attn.prompt_k, b.cross_attn.prompt_k)
+        assert torch.equal(a.cross_attn.prompt_v, b.cross_attn.prompt_v)
