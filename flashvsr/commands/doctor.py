@@ -95,8 +95,10 @@ def check_backends(device: str = "cpu") -> list[Conformance]:
 
     expected = both("reference", torch.float64)
     with torch.no_grad():
-        forward_s = interleaved({name: lambda n=name: forward(n, torch.float32) for name in BACKENDS})
-    both_s = interleaved({name: lambda n=name: both(n, torch.float32) for name in BACKENDS})
+        forward_s = interleaved(
+            {name: lambda n=name: forward(n, torch.float32) for name in BACKENDS}, repeats=3
+        )
+    both_s = interleaved({name: lambda n=name: both(n, torch.float32) for name in BACKENDS}, repeats=3)
     results = []
     for name in BACKENDS:
         out, *gradients = both(name, torch.float32)
