@@ -105,3 +105,19 @@ def write_json(path: str | Path, obj: Any) -> None:
     text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def load_torch(path: str | Path) -> Any:
+    """What a torch file holds (plain tensors and containers), on the CPU, executing nothing in it.
+
+    UserError, naming the file, when it is missing, damaged or holds anything else.
+    """
+    import torch
+
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; check the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever it likes over damaged bytes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a whole file of plain tensors ({reason}); copy it again") from None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import generator
+from flashvsr.base.files import load_torch
 from flashvsr.config import DiTConfig
 
 
@@ -36,6 +37,17 @@ def check_prompt(prompt: object, text_dim: int, where: str) -> Tensor:
     if not prompt.isfinite().all():
         raise UserError(f"{where}: the prompt embedding is not finite; take an undamaged file")
     return prompt.float()
+
+
+def load_prompt(path: str | Path, text_dim: int | None = None) -> Tensor:
+    """The embedding in a file like the release's `posi_prompt.pth`, float32 `1 L text_dim`.
+
+    Raises UserError when the file is none, or of another `text_dim` than the model's.
+    """
+    prompt = load_torch(path)
+    if text_dim is None and isinstance(prompt, Tensor) and prompt.ndim:
+        text_dim = prompt.shape[-1]
+    return check_prompt(prompt, text_dim, str(path))
 
 
 def save_prompt(prompt: Tensor, path: str | Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashvsr.base.cli import UserError
-from flashvsr.base.files import sha256
+from flashvsr.base.files import load_torch, sha256
 from flashvsr.config import ModelConfig
 from flashvsr.models.dit import DiT
 from flashvsr.models.lr_projector import LRProjector
@@ -181,11 +181,7 @@ def _read(path: Path, dtype: torch.dtype, device: torch.device | str) -> dict[st
                 return {key: _cast(handle.get_tensor(key), dtype) for key in keys}
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever it likes over damaged bytes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a whole file of plain tensors ({reason}); copy it again") from None
+    content = load_torch(path)
     if isinstance(content, Tensor):
         return content.to(device)
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):

@@ -19,7 +19,7 @@ from flashvsr.config import (
 )
 from flashvsr.models.dit import DiT
 from flashvsr.models.lr_projector import LRProjector
-from flashvsr.models.prompt import random_prompt
+from flashvsr.models.prompt import load_prompt, random_prompt, save_prompt
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
 from flashvsr.weights.folder import FORMAT_VERSION, ModelInfo, gather, newest, save_model
@@ -301,11 +301,21 @@ def test_gather_says_what_a_run_is(tmp_path):
         gather(tmp_path)
 
 
-def test_prompts():
+def test_prompts(tmp_path):
     config = replace(RELEASE.dit, text_len=5)
     prompt = random_prompt(config, 3)
     assert prompt.shape == (1, 5, 4) and torch.equal(prompt, random_prompt(config, 3))
     assert not torch.equal(prompt, random_prompt(config, 4))
+    save_prompt(prompt, tmp_path / "p.pth")
+    assert torch.equal(load_prompt(tmp_path / "p.pth", 4), prompt)
+    assert load_prompt(tmp_path / "p.pth").shape == (1, 5, 4)
+    with pytest.raises(UserError, match=r"p.pth: .*\(1, 5, 4\) where this model takes \(1, length, 7\)"):
+        load_prompt(tmp_path / "p.pth", 7)
+    with pytest.raises(UserError, match="no.pth does not exist"):
+        load_prompt(tmp_path / "no.pth")
+    torch.save({"prompt": prompt}, tmp_path / "p.pth")
+    with pytest.raises(UserError, match="a prompt embedding is one tensor, not dict"):
+        load_prompt(tmp_path / "p.pth", 4)
 
 
 def test_a_live_module_keeps_the_prompt_it_has(micro_model):
