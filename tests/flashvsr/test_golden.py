@@ -69,3 +69,37 @@ def test_a_cut_of_the_vae_restores_what_the_first_frame_needs():
     with torch.no_grad():
         ours, theirs = (v.decode(v.encode(video)[0])[0] for v in (vae, restored))
     assert torch.equal(ours, theirs)
+
+
+def test_the_upscaler_gives_the_released_frames():
+    """From uint8 to uint8: the pipeline file's LR frames through `StreamingUpscaler`, pushed unevenly."""
+    import numpy as np
+
+    from flashvsr.base.resize import to_uint8
+    from flashvsr.streaming.upscaler import StreamingUpscaler
+    from flashvsr.weights.folder import FlashVSR, ModelInfo
+
+    path = FULL / "pipeline_v11_tiny.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    given = golden.Golden(path)
+    lr = given["lq_uint8_CFHW"].permute(1, 2, 3, 0)
+    model = FlashVSR(
+        dit=golden.build_dit(given),
+        lr_projector=golden.build_projector(given),
+        tc_decoder=golden.build_tc_decoder(given),
+        info=ModelInfo("one-step", area=lr.shape[1] * lr.shape[2]),
+    )
+    upscaler = StreamingUpscaler(
+        model,
+        scale=1,
+        sparse_ratio=given.get("topk_ratio", 2.0),
+        kv_chunks=int(given.get("kv_ratio", 3)),
+        local_range=int(given.get("local_range", 11)),
+        noise=lambda i, shape: given["noise"][0, :, i],
+    )
+    out = np.concatenate([upscaler.push(lr[:7]), upscaler.push(lr[7:38]), upscaler.push(lr[38:])])
+    assert len(out) == 37 and len(upscaler.flush()) == 4
+    ours = torch.from_numpy(out)[given["frames_index"]].int()
+    theirs = to_uint8(given["frames_CFHW"]).permute(1, 2, 3, 0).int()
+    assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < 1e-3
