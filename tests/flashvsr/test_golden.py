@@ -96,7 +96,7 @@ def test_the_upscaler_gives_the_released_frames():
         sparse_ratio=given.get("topk_ratio", 2.0),
         kv_chunks=int(given.get("kv_ratio", 3)),
         local_range=int(given.get("local_range", 11)),
-        noise=lambda i, shape: given["noise"][0, :, i],
+        noise=lambda i, shape: given["noise"][0, :, min(i, 9)],  # flush asks for more than the file has
     )
     out = np.concatenate([upscaler.push(lr[:7]), upscaler.push(lr[7:38]), upscaler.push(lr[38:])])
     assert len(out) == 37 and len(upscaler.flush()) == 4
