@@ -138,10 +138,13 @@ def save_model(
 
 def _plain(state: State) -> dict[str, Tensor]:
     tensors = state.state_dict() if isinstance(state, nn.Module) else state
-    # clones: a view would drag its whole storage into the file, and safetensors refuses shared memory
-    return {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
+    return {name: _own(t.detach().cpu()) for name, t in tensors.items()}
+
+
+def _own(t: Tensor) -> Tensor:
+    """Contiguous and alone in its memory: a view would drag the whole of it into the file."""
+    t = t.contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def write_info(folder: Path, config: ModelConfig, info: ModelInfo, parts: Sequence[str]) -> None:
