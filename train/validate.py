@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics import Lpips, psnr, ssim
+from eval.metrics import psnr, ssim
 from flashvsr.base.draws import Draw
 from flashvsr.base.files import atomic
 from flashvsr.base.resize import bicubic_8bit
@@ -39,7 +39,7 @@ class Validation:
         self.stage = stage
         clips = stage.clips("val")
         self.samples = [clips.sample(i) for i in range(stage.config.data.val_slots)]
-        self.lpips = Lpips(stage.config.scale.lpips_net).to(stage.device)
+        self.lpips = stage.lpips
         self.bicubic = self._bicubic()
 
     @torch.no_grad()

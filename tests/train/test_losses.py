@@ -37,7 +37,9 @@ def test_dmd_gradient_is_the_direction_over_the_sample_size():
     direction = dmd_direction(z, real, fake)
     for b in range(3):
         scale = (z[b] - real[b]).abs().double().mean()
-        assert torch.allclose(direction[b].double(), (fake[b] - real[b]).double() / scale, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(
+            direction[b].double(), (fake[b] - real[b]).double() / scale, rtol=1e-5, atol=1e-6
+        )
     z.requires_grad_()
     value = dmd(z, direction)
     assert torch.allclose(value, 0.5 * direction.square().flatten(1).mean(1), rtol=1e-4)
@@ -106,7 +108,10 @@ def test_pixel_losses_average_over_a_sample():
         return (x - y).abs().mean((1, 2, 3))
 
     expected = (sr - hr).abs().mean((1, 2, 3, 4))
-    assert torch.allclose(lpips_frames(metric, sr, hr), expected, rtol=1e-5)
     sr.requires_grad_()
-    lpips_frames(metric, sr, hr).sum().backward()
-    assert torch.allclose(sr.grad, (sr - hr).sign().detach() / sr[0].numel(), rtol=1e-4)
+    for frame_by_frame in (False, True):
+        sr.grad = None
+        value = lpips_frames(metric, sr, hr, frame_by_frame=frame_by_frame)
+        assert torch.allclose(value, expected, rtol=1e-5)
+        value.sum().backward()
+        assert torch.allclose(sr.grad, (sr - hr).sign().detach() / sr[0].numel(), rtol=1e-4)

@@ -31,5 +31,7 @@ def test_switches_and_bounds():
 
 
 def test_full_window_has_its_half():
-    full = sum(draw_window(11, i / 1000, 0, random_window=True, random_history=False) == 11 for i in range(1000))
+    full = sum(
+        draw_window(11, i / 1000, 0, random_window=True, random_history=False) == 11 for i in range(1000)
+    )
     assert full == 500

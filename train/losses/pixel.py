@@ -36,10 +36,15 @@ def mse(sr: Tensor, hr: Tensor) -> Tensor:
     return (sr.float() - hr.float()).square().flatten(1).mean(1)
 
 
-def lpips_frames(lpips: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor) -> Tensor:
-    """LPIPS averaged over a clip's frames, `B`. Frame by frame under checkpointing: one frame's features."""
-    values = []
-    for x, y in zip(sr.float().unbind(2), hr.float().unbind(2), strict=True):
-        value = checkpoint(lpips, x, y, use_reentrant=False) if x.requires_grad else lpips(x, y)
-        values.append(value.flatten())
-    return torch.stack(values, 1).mean(1)
+def lpips_frames(
+    lpips: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor, *, frame_by_frame: bool = False
+) -> Tensor:
+    """LPIPS averaged over a clip's frames, `B`.
+
+    `frame_by_frame` computes one frame at a time and again in the backward pass: one frame's features in memory.
+    """
+    x, y = (clip.float().transpose(1, 2) for clip in (sr, hr))
+    if not frame_by_frame:
+        return lpips(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+    pairs = zip(x.unbind(1), y.unbind(1), strict=True)
+    return torch.stack([checkpoint(lpips, a, b, use_reentrant=False) for a, b in pairs], 1).mean(1)

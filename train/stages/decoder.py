@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 import flashvsr
-from eval.metrics import Lpips
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_uint8
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.weights.folder import ModelInfo
-from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.losses.pixel import decode_window, mse, window_frames
 from train.stages.shared import Inputs, Loss, Stage
 from train.turns import Losses
 
@@ -34,7 +33,6 @@ class Decoder(Stage):
             decoder = start.tc_decoder
             self.sizes = start.config if decoder is not None else self.sizes
         self.roles["decoder"] = self.engine(decoder or TCDecoder(self.sizes.tc_decoder))
-        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
         return self.inputs(micro, segments=1)
@@ -70,17 +68,17 @@ class Decoder(Stage):
         (sr,) = losses.at
         hr = inputs.hr[0][:, :, window_frames(first, count)]
         losses.add("mse", mse(sr, hr), s.mse)
-        losses.add("lpips", lpips_frames(self.lpips, sr, hr), s.lpips)
+        losses.add("lpips", self.lpips_loss(sr, hr), s.lpips)
         if s.vae_mse or s.vae_lpips:
             vae = self.vae_frames(inputs, first, count)
             losses.add("vae_mse", mse(sr, vae), s.vae_mse)
-            losses.add("vae_lpips", lpips_frames(self.lpips, sr, vae), s.vae_lpips)
+            losses.add("vae_lpips", self.lpips_loss(sr, vae), s.vae_lpips)
         return losses
 
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + weighted LPIPS to HR over the whole clip."""
         sr, s = self._whole(inputs), self.config.stage
-        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * lpips_frames(self.lpips, sr, inputs.hr[0])
+        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * self.lpips_loss(sr, inputs.hr[0])
 
     def _whole(self, inputs: Inputs) -> Tensor:
         return self.decoded(self.roles["decoder"].module, inputs, 0, inputs.latents[0].shape[2])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import flashvsr
-from eval.metrics import Lpips
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.flow import add_noise, denoised, shift_sigma
@@ -26,7 +25,7 @@ from flashvsr.streaming.upscaler import StreamingUpscaler
 from flashvsr.weights.folder import FlashVSR, ModelInfo
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
-from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.losses.pixel import decode_window, mse, window_frames
 from train.stages.shared import Inputs, Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
 from train.turns import Losses
@@ -47,7 +46,6 @@ class OneStep(Stage):
             self.teacher = self.frozen(self._teacher().denoiser())
             fake = Denoiser(copy.deepcopy(self.teacher.dit))
             self.roles["fake"] = self.engine(fake, lr=self.config.stage.fake_lr)
-        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
 
     def _teacher(self) -> FlashVSR:
         if self.config.teacher is None:
@@ -107,7 +105,7 @@ class OneStep(Stage):
         first = int(draw.step("pixel.window") * (z.shape[2] - count + 1))
         sr, hr = self.decoded(at, first, count), inputs.hr[0][:, :, window_frames(first, count)]
         losses.add("mse", mse(sr, hr), weights.mse)
-        losses.add("lpips", lpips_frames(self.lpips, sr, hr), weights.lpips)
+        losses.add("lpips", self.lpips_loss(sr, hr), weights.lpips)
         return losses
 
     @torch.no_grad()

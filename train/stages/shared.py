@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import flashvsr
 from data.latents import cached
 from data.loader import DataConfig, batches, open_dataset
+from eval.metrics import Lpips
 from flashvsr.attention.plans import PackedDense
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw, seed_of
@@ -30,6 +32,7 @@ from train.config import STAGES, TrainConfig
 from train.ema import Ema
 from train.launch import World
 from train.lora import inject
+from train.losses.pixel import lpips_frames
 from train.optim import build_optimizer
 from train.parallel.ddp import DdpEngine
 from train.parallel.engine import Engine
@@ -108,6 +111,7 @@ class Stage:
             "dit": kept.dit,
             "lr_projector": kept.lr_projector,
             "prompt": self.fixed_prompt,
+            "vae": self.frozen_vae,
         }
 
     def live(self) -> FlashVSR:
@@ -230,6 +234,18 @@ class Stage:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+    @cached_property
+    def lpips(self) -> Lpips:
+        """The perceptual loss and metric, frozen; which backbone weights it found is printed once."""
+        lpips = Lpips(self.config.scale.lpips_net).to(self.device)
+        if self.world.is_main and not self.config.log.quiet:
+            print(lpips.description, flush=True)
+        return lpips
+
+    def lpips_loss(self, sr: Tensor, hr: Tensor) -> Tensor:
+        """Per sample, `B`; one frame at a time where memory counts."""
+        return lpips_frames(self.lpips, sr, hr, frame_by_frame=self.config.checkpointing)
 
     def dense_plan(self, latents: Sequence[Tensor], head_dim: int) -> PackedDense:
         grids = [(x.shape[2], x.shape[3] // 2, x.shape[4] // 2) for x in latents]

@@ -12,28 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.metrics import Lpips
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_signed, to_uint8
+from flashvsr.config import VAEConfig
 from flashvsr.models.wan_vae import WanVAE
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import per_sample
-from train.losses.pixel import lpips_frames, mse
+from train.losses.pixel import mse
 from train.stages.shared import Inputs, Loss, Stage
 from train.turns import Losses
 
 STATISTICS_CLIPS = 4
 
 
+@torch.no_grad()
+def fresh_vae(config: VAEConfig) -> WanVAE:
+    """A VAE from scratch. Convolutions keep the variance, without biases, and the posterior starts narrow:
+    with torch's defaults the biases drown the image and the noise drowns the latents for hundreds of steps."""
+    vae = WanVAE(config)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("weight"):
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.zero_()
+    vae.conv1.weight[config.z_dim :] = 0
+    vae.conv1.bias[config.z_dim :] = -6
+    return vae
+
+
 class Vae(Stage):
     needs_latents = False
 
     def build(self) -> None:
-        vae = self.find("vae").vae if self.config.init else WanVAE(self.model_config().vae)
+        vae = self.find("vae").vae if self.config.init else fresh_vae(self.model_config().vae)
         vae.checkpointing = self.config.checkpointing
         self.sizes = replace(self.model_config(), vae=vae.config)
         self.roles["vae"] = self.engine(vae)
-        self.lpips = Lpips(self.config.scale.lpips_net).to(self.device)
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
         """A random crop in space and time of every video of the batch, frames `B 3 4n-3 crop crop`."""
@@ -58,7 +72,7 @@ class Vae(Stage):
         losses, s = Losses.of(outputs), self.config.stage
         decoded, mean, logvar = losses.at
         losses.add("mse", mse(decoded, video), s.mse)
-        losses.add("lpips", lpips_frames(self.lpips, decoded, video), s.lpips)
+        losses.add("lpips", self.lpips_loss(decoded, video), s.lpips)
         losses.add("kl", 0.5 * per_sample(mean.square() + logvar.exp() - 1 - logvar), s.kl)
         return losses
 
@@ -71,7 +85,7 @@ class Vae(Stage):
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + weighted LPIPS of the reconstruction from the posterior mean, whole frames."""
         sr, s = self.reconstructed(inputs.hr[0]), self.config.stage
-        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * lpips_frames(self.lpips, sr, inputs.hr[0])
+        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * self.lpips_loss(sr, inputs.hr[0])
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         hr = sample["segments"][0]["hr"]
