@@ -2,8 +2,8 @@
 
 A loss runs its role, detaches the role's outputs (`Losses.of`), and computes one value per sample and term on
 the detached copy. The loop differentiates each term down to that copy (its norm is the logged gradient norm
-of the term: local, no collective), frees what lies behind it (decoder, LPIPS, teacher), and sends the weighted
-sum back through the role as sum(output * gradient).
+of the term: local, no collective), frees what lies behind it (decoder, LPIPS, teacher), and sends the
+weighted sum back through the role as sum(output * gradient).
 """
 
 from __future__ import annotations

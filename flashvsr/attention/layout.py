@@ -13,8 +13,8 @@ def check_grid(grid: tuple[int, int, int], block: Block) -> None:
     """Raises UserError unless a token grid `f h w` divides into whole blocks."""
     if any(size % b for size, b in zip(grid, block, strict=True)):
         raise UserError(
-            f"a token grid of {grid} (latents, rows, columns) does not divide into blocks of {block}: "
-            f"use an even number of latents and output sides in multiples of {16 * block[1]} x {16 * block[2]}"
+            f"a token grid of {grid} (latents, rows, columns) does not divide into blocks of {block}; "
+            f"use an even number of latents and sides in multiples of {16 * block[1]} x {16 * block[2]}"
         )
 
 

@@ -42,7 +42,7 @@ class Plan(Protocol):
 
 
 def training_ratio(sparse_ratio: float | None, area: int, height: int, width: int) -> float | None:
-    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area the student was trained at."""
+    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area of the student's training."""
     return None if sparse_ratio is None else sparse_ratio * area / (height * width)
 
 

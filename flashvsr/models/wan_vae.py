@@ -251,10 +251,7 @@ class WanVAE(nn.Module):
         tape = Tape(memory)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in half.layers():
-            if recompute:
-                x = _checkpointed(layer, x, tape)
-            else:
-                x = layer(x, tape)
+            x = _checkpointed(layer, x, tape) if recompute else layer(x, tape)
         x = half.head["2"](F.silu(half.head["0"](x)), tape)
         return x, tape.memory
 

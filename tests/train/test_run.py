@@ -82,7 +82,7 @@ def test_stopping_and_going_on_equals_never_stopping(runs):
         shutil.copytree(full, copy / stage)
         shutil.rmtree(copy / stage / "export")
         shutil.rmtree(copy / stage / "checkpoints" / "step-000002")
-        again = config(name, runs, run="again", *["resume=force"])
+        again = config(name, runs, "resume=force", run="again")
         assert loop.run(again, WORLD) == 0
         a = flashvsr.load(full / "export").dit.state_dict()
         b = flashvsr.load(copy / stage / "export").dit.state_dict()

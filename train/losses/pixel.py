@@ -41,7 +41,8 @@ def lpips_frames(
 ) -> Tensor:
     """LPIPS averaged over a clip's frames, `B`.
 
-    `frame_by_frame` computes one frame at a time and again in the backward pass: one frame's features in memory.
+    `frame_by_frame` computes one frame at a time, and again in the backward pass: features of one frame in
+    memory.
     """
     x, y = (clip.float().transpose(1, 2) for clip in (sr, hr))
     if not frame_by_frame:

@@ -136,9 +136,7 @@ class OneStep(Stage):
         z = self.student(self.roles["student"].module, inputs, draw, INFERENCE_WINDOW)
         sr = self.decoded(z, 0, z.shape[2])
         weights = self.config.stage.loss
-        return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * lpips_frames(
-            self.lpips, sr, inputs.hr[0]
-        )
+        return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * self.lpips_loss(sr, inputs.hr[0])
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         return run_method(StreamingUpscaler(self.live(), decoder="vae"), sample)

@@ -28,7 +28,7 @@ STATISTICS_CLIPS = 4
 @torch.no_grad()
 def fresh_vae(config: VAEConfig) -> WanVAE:
     """A VAE from scratch. Convolutions keep the variance, without biases, and the posterior starts narrow:
-    with torch's defaults the biases drown the image and the noise drowns the latents for hundreds of steps."""
+    with torch's defaults biases drown the image and noise the latents for hundreds of steps."""
     vae = WanVAE(config)
     for name, parameter in vae.named_parameters():
         if name.endswith("weight"):
