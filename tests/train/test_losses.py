@@ -49,8 +49,8 @@ def test_dmd_gradient_is_the_direction_over_the_sample_size():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_dmd_moves_a_gaussian_to_the_teacher(sign):
-    """Student N(m, s^2), teacher N(1, 0.5^2), both scores in closed form (x0 estimate of a Gaussian).
-    With the right sign the student's mean and spread reach the teacher's; with the wrong one they run away."""
+    """Student N(m, s^2), teacher N(1, 0.5^2), both scores in closed form (a Gaussian at sigma).
+    With the right sign mean and spread reach the teacher's; with the wrong one they run away."""
     generator = torch.Generator().manual_seed(0)
     mean, log_std = torch.tensor(-1.0, requires_grad=True), torch.tensor(0.3, requires_grad=True)
     optimizer = torch.optim.SGD([mean, log_std], lr=0.1)
