@@ -22,7 +22,8 @@ from train.lock import run_lock
 from train.optim import lr_at
 from train.preemption import StopSignal
 from train.stages import make_stage
-from train.stages.shared import Inputs, Stage, relative
+from train.stages.feed import Inputs
+from train.stages.shared import Stage, relative
 from train.telemetry import Telemetry
 from train.turns import reduce
 from train.validate import Validation
@@ -74,10 +75,10 @@ def _train(config: TrainConfig, world: World) -> int:
         config.stage_dir.mkdir(parents=True, exist_ok=True)
         with atomic(config.stage_dir / "config.yaml") as part:
             part.write_text(to_yaml(config))
-    clips, validation = stage.clips("train"), Validation(stage)
+    clips, validation = stage.feed.clips("train"), Validation(stage)
     if start == 0:
         telemetry.val(0, validation(0))
-    batches = stage.batches(clips, start * config.global_batch_size)
+    batches = stage.feed.batches(clips, start * config.global_batch_size)
     step, stopped = start, False
     with StopSignal() as stop:
         while step < config.steps and not stopped:

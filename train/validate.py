@@ -37,7 +37,7 @@ class Validation:
 
     def __init__(self, stage: Stage):
         self.stage = stage
-        clips = stage.clips("val")
+        clips = stage.feed.clips("val")
         self.samples = [clips.sample(i) for i in range(stage.config.data.val_slots)]
         self.lpips = stage.lpips
         self.bicubic = self._bicubic()
@@ -65,7 +65,9 @@ class Validation:
     def _inputs(self, micro: Mapping[str, Any], draw: Draw) -> Any:
         """Whole held-out clips: as training prepares them, but never cropped."""
         stage = self.stage
-        return stage.prepare(micro, draw) if stage.needs_latents else stage.inputs(micro, segments=1)
+        return (
+            stage.feed.inputs(micro, segments=1) if stage.frozen_vae is None else stage.prepare(micro, draw)
+        )
 
     def _hr(self, sample: Mapping[str, Any]) -> Tensor:
         hr = sample["segments"][0]["hr"].permute(1, 2, 3, 0)

@@ -114,7 +114,7 @@ def one_step(runs):
     stage = make_stage(config("one_step", runs), WORLD)
     with torch.no_grad():  # a fake score equal to the teacher would give no direction at all
         stage.roles["fake"].module.dit.head.head.bias += 0.1
-    clips = stage.clips("train")
+    clips = stage.feed.clips("train")
     sample = clips.sample(0)
     micro = {"segments": [{k: v[None] for k, v in s.items()} for s in sample["segments"]]}
     draw = Draw(0, 0, [0])

@@ -16,11 +16,29 @@ from torch import Tensor
 import flashvsr
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_uint8
-from flashvsr.models.tc_decoder import TCDecoder
+from flashvsr.config import TCDecoderConfig
+from flashvsr.models.tc_decoder import MemBlock, TCDecoder
 from flashvsr.weights.folder import ModelInfo
 from train.losses.pixel import decode_window, mse, window_frames
-from train.stages.shared import Inputs, Loss, Stage
+from train.stages.feed import Inputs
+from train.stages.shared import Loss, Stage
 from train.turns import Losses
+
+
+@torch.no_grad()
+def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
+    """A TC decoder from scratch: grey at first. Memory blocks and the two deepening convolutions start as the
+    identity (the release grew its decoder in the same way); otherwise nine blocks without norm explode."""
+    module = TCDecoder(config)
+    for layer in module.decoder.values():
+        if isinstance(layer, MemBlock):
+            torch.nn.init.zeros_(layer.conv["4"].weight)
+            torch.nn.init.zeros_(layer.conv["4"].bias)
+    for name in ("3", "24"):
+        torch.nn.init.dirac_(module.decoder[name].weight)
+    module.decoder["26"].weight.mul_(0.1)
+    module.decoder["26"].bias.fill_(0.5)
+    return module
 
 
 class Decoder(Stage):
@@ -32,10 +50,10 @@ class Decoder(Stage):
             start = flashvsr.load(self.config.init)
             decoder = start.tc_decoder
             self.sizes = start.config if decoder is not None else self.sizes
-        self.roles["decoder"] = self.engine(decoder or TCDecoder(self.sizes.tc_decoder))
+        self.roles["decoder"] = self.engine(decoder or fresh_decoder(self.sizes.tc_decoder))
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
-        return self.inputs(micro, segments=1)
+        return self.feed.inputs(micro, segments=1)
 
     def turns(self, step: int) -> list[tuple[str, Loss]]:
         return [("decoder", self.pixel_loss)]
@@ -85,7 +103,7 @@ class Decoder(Stage):
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         segment = {name: tensor[None] for name, tensor in sample["segments"][0].items()}
-        frames = self._whole(self.inputs({"segments": [segment]}))
+        frames = self._whole(self.feed.inputs({"segments": [segment]}))
         return to_uint8(frames)[0].permute(1, 2, 3, 0).cpu()
 
     def model_info(self) -> ModelInfo:

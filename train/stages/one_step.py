@@ -26,7 +26,8 @@ from flashvsr.weights.folder import FlashVSR, ModelInfo
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
 from train.losses.pixel import decode_window, mse, window_frames
-from train.stages.shared import Inputs, Loss, Stage
+from train.stages.feed import Inputs
+from train.stages.shared import Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
 from train.turns import Losses
 from train.validate import run_method
@@ -59,7 +60,7 @@ class OneStep(Stage):
         return model
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
-        inputs = self.inputs(micro, segments=1)
+        inputs = self.feed.inputs(micro, segments=1)
         if self.teacher is None:
             return inputs
         with torch.no_grad(), self.autocast():

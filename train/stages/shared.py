@@ -1,12 +1,10 @@
-"""What all stages share: models from folders, data and cached latents, engines, and the parts they leave."""
+"""What all stages share: models from folders, engines, and the parts they leave."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import flashvsr
-from data.latents import cached
-from data.loader import DataConfig, batches, open_dataset
 from eval.metrics import Lpips
 from flashvsr.attention.plans import PackedDense
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw, seed_of
-from flashvsr.base.resize import bicubic_8bit, to_signed
 from flashvsr.config import PRESETS, ModelConfig
 from flashvsr.models.denoiser import Denoiser
 from flashvsr.models.dit import DiT
@@ -36,33 +31,17 @@ from train.losses.pixel import lpips_frames
 from train.optim import build_optimizer
 from train.parallel.ddp import DdpEngine
 from train.parallel.engine import Engine
+from train.stages.feed import Feed, Inputs
 from train.turns import Losses
 
-Loss = Callable[["Inputs", Draw], Losses]
+Loss = Callable[[Inputs, Draw], Losses]
 FROZEN = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.", "text_embedding.")  # the prompt stays exact
-LR_FRAMES_OF_IMAGE = 5
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One micro-batch on the device, per segment: HR frames, LR at output size (both `B 3 F H W` in [-1,1]),
-    latents `B 16 n h w`; and what a stage computes beforehand."""
-
-    hr: list[Tensor]
-    lr: list[Tensor]
-    latents: list[Tensor]
-    extra: Mapping[str, Any]
-
-    @property
-    def batch(self) -> int:
-        return self.lr[0].shape[0]
 
 
 class Stage:
     """A stage is its roles, `prepare`, and a list of turns; the loop knows no more than this."""
 
-    needs_latents = True
-    frozen_vae: WanVAE
+    frozen_vae: WanVAE | None = None  # stage vae trains its own and needs no latents
     sizes: ModelConfig
     fixed_prompt: Tensor
 
@@ -73,6 +52,7 @@ class Stage:
         torch.manual_seed(seed_of(config.seed, "init", config.stage.name))
         self.build()
         self.main = next(iter(self.roles))
+        self.feed = Feed(config, world, self.frozen_vae, self.autocast)
         if config.optim.ema:
             self.ema = Ema(self.roles[self.main].trained(), config.optim.ema)
 
@@ -84,7 +64,7 @@ class Stage:
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
         """A batch on the device, frozen features included; no gradient."""
-        return self.inputs(micro)
+        return self.feed.inputs(micro)
 
     def turns(self, step: int) -> list[tuple[str, Loss]]:
         """Which role learns from which loss at this step (0 is the first), in order."""
@@ -253,98 +233,6 @@ class Stage:
 
     def noise(self, draw: Draw, name: str, like: Tensor) -> Tensor:
         return draw.normal(name, tuple(like.shape[1:])).to(self.device)
-
-    # ---- data --------------------------------------------------------------------------------------------
-
-    def data_config(self, split: str) -> DataConfig:
-        """Clips of this stage; with cached latents the same for all stages, so that one cache serves them."""
-        d = self.config.data
-        packed = self.config.stage.name == "teacher" or self.caches
-        slots = d.slots if split == "train" else d.val_slots
-        return DataConfig(
-            shards=d.shards,
-            split=split,
-            latents_per_clip=d.latents_per_clip,
-            height=d.height,
-            width=d.width,
-            images=d.images if packed else 0,
-            image_height=d.height,
-            image_width=d.width,
-            short_side=d.short_side,
-            slots=slots,
-            degradation=self.config.degrade.preset,
-            workers=d.workers,
-            flip=d.flip and split == "train",
-        )
-
-    @property
-    def caches(self) -> bool:
-        return self.config.data.latents == "auto" and self.config.data.slots is not None
-
-    def clips(self, split: str) -> Any:
-        """The split's clips, decoded, degraded and encoded once where the run has a fixed number of draws."""
-        config = self.data_config(split)
-        clips = open_dataset(config, self.config.seed)
-        if not self.caches and split == "train":
-            return clips
-        key = json.dumps([asdict(config), self.config.seed], sort_keys=True, default=str)
-        name = hashlib.sha256(key.encode()).hexdigest()[:8]
-        quiet = self.config.log.quiet or not self.world.is_main
-        clips = self.cache(clips, f"clips-{split}-{name}", None, name, quiet)
-        if self.needs_latents:
-            tag = self.vae_hash()
-            clips = self.cache(clips, f"latents-{split}-{name}-{tag}", self.encode, f"{name}-{tag}", quiet)
-        return clips
-
-    def cache(self, clips: Any, folder: str, encode: Callable | None, tag: str, quiet: bool) -> Any:
-        """Rank 0 writes what is missing, the others wait and read."""
-        if not self.world.is_main:
-            self.world.barrier()
-        made = cached(clips, self.config.run_dir / folder, encode, tag=tag, quiet=quiet)
-        if self.world.is_main:
-            self.world.barrier()
-        return made
-
-    def vae_hash(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.frozen_vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        digest.update(
-            str([self.frozen_vae.latents_mean.tolist(), self.frozen_vae.latents_std.tolist()]).encode()
-        )
-        return digest.hexdigest()[:8]
-
-    @torch.no_grad()
-    def encode(self, hr: Tensor) -> Tensor:
-        """HR frames uint8 `C F H W` -> normalised latents `16 n h w`, float32 on the CPU."""
-        with self.autocast():
-            latent, _ = self.frozen_vae.encode(to_signed(hr)[None].to(self.device))
-        return latent[0].float().cpu()
-
-    def batches(self, clips: Any, start: int) -> Iterator[Mapping[str, Any]]:
-        workers = 0 if self.caches else self.config.data.workers
-        return batches(clips, start, self.config.micro_batch_size, self.world.rank, self.world.size, workers)
-
-    @torch.no_grad()
-    def inputs(self, micro: Mapping[str, Any], segments: int | None = None) -> Inputs:
-        """Brings a batch to the device: LR to output size with 8-bit bicubic, latents read or encoded."""
-        hr, lr, latents = [], [], []
-        for segment in micro["segments"][:segments]:
-            frames = segment["hr"]
-            kept = (
-                frames.shape[2] - 4 if frames.shape[2] > 1 else 1
-            )  # the loader gives four look-ahead frames
-            hr.append(to_signed(frames[:, :, :kept]).to(self.device))
-            up = to_signed(bicubic_8bit(segment["lr"], tuple(frames.shape[-2:]))).to(self.device)
-            lr.append(up.expand(-1, -1, LR_FRAMES_OF_IMAGE, -1, -1) if kept == 1 else up)
-            if not self.needs_latents:
-                continue
-            if "latent" in segment:
-                latents.append(segment["latent"].to(self.device))
-            else:
-                latents.append(torch.stack([self.encode(x) for x in frames[:, :, :kept]]).to(self.device))
-        return Inputs(hr, lr, latents, {})
 
 
 def relative(path: Path) -> str:

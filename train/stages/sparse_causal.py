@@ -17,7 +17,8 @@ from flashvsr.flow import add_noise, shift_sigma
 from flashvsr.streaming.clip import ClipUpscaler
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import flow_matching
-from train.stages.shared import Inputs, Loss, Stage
+from train.stages.feed import Inputs
+from train.stages.shared import Loss, Stage
 from train.stages.windows import draw_window
 from train.turns import Losses
 from train.validate import run_method
@@ -65,7 +66,7 @@ class SparseCausalStudent(Stage):
         self.roles["student"] = self.engine(denoiser)
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
-        return self.inputs(micro, segments=1)
+        return self.feed.inputs(micro, segments=1)
 
     def turns(self, step: int) -> list[tuple[str, Loss]]:
         return [("student", self.flow_loss)]

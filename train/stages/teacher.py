@@ -21,7 +21,8 @@ from flashvsr.models.lr_projector import LRProjector
 from flashvsr.streaming.clip import ClipUpscaler
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import flow_matching
-from train.stages.shared import Inputs, Loss, Stage
+from train.stages.feed import Inputs
+from train.stages.shared import Loss, Stage
 from train.turns import Losses
 from train.validate import run_method
 

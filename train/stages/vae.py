@@ -19,7 +19,8 @@ from flashvsr.models.wan_vae import WanVAE
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import per_sample
 from train.losses.pixel import mse
-from train.stages.shared import Inputs, Loss, Stage
+from train.stages.feed import Inputs
+from train.stages.shared import Loss, Stage
 from train.turns import Losses
 
 STATISTICS_CLIPS = 4
@@ -41,8 +42,6 @@ def fresh_vae(config: VAEConfig) -> WanVAE:
 
 
 class Vae(Stage):
-    needs_latents = False
-
     def build(self) -> None:
         vae = self.find("vae").vae if self.config.init else fresh_vae(self.model_config().vae)
         vae.checkpointing = self.config.checkpointing
@@ -105,7 +104,7 @@ class Vae(Stage):
     @torch.no_grad()
     def _statistics(self, vae: WanVAE) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per latent channel over the first training clips."""
-        clips = self.clips("train")
+        clips = self.feed.clips("train")
         values = []
         for counter in range(STATISTICS_CLIPS):
             hr = clips.sample(counter)["segments"][0]["hr"]
