@@ -134,10 +134,11 @@ class Telemetry:
     def _eta(self, step: int, now: float) -> str:
         if step >= self.total_steps:
             return f"took {_clock(now - self._started)}"
-        # The first step builds caches and compiles: it tells nothing about the others, except when it is
-        # alone.
+        # The first step comes after data and validation, and it may compile: it tells nothing of the others.
         timed = self._steps_here - 1
-        per_step = (now - self._first_done) / timed if timed else now - self._started
+        if not timed:
+            return "ETA -"
+        per_step = (now - self._first_done) / timed
         return f"ETA {_clock(per_step * (self.total_steps - step))}"
 
 

@@ -73,7 +73,7 @@ def test_the_console_line(tmp_path, capsys, monkeypatch):
     telemetry.close()
     first, second, val = capsys.readouterr().out.splitlines()
     assert first.startswith("stage1   step  38/250  flow 38  ")
-    assert first.endswith("ETA 24:44")  # 212 steps of 7 s
+    assert first.endswith("ETA -")
     # Mean of steps 39 and 40; 4 samples in 1 s, 0.04 s of it waiting; 210 steps of half a second are left.
     assert second == (
         "stage1   step  40/250  flow 39.5    |g| student 1.93    lr 3.0e-04    4.00 samples/s"

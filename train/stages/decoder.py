@@ -21,7 +21,7 @@ from flashvsr.models.tc_decoder import MemBlock, TCDecoder
 from flashvsr.weights.folder import ModelInfo
 from train.losses.pixel import decode_window, mse, window_frames
 from train.stages.feed import Inputs
-from train.stages.shared import Loss, Stage
+from train.stages.shared import LOADED, Loss, Stage
 from train.turns import Losses
 
 
@@ -47,7 +47,7 @@ class Decoder(Stage):
         self.sizes = replace(self.model_config(), vae=self.frozen_vae.config)
         decoder = None
         if self.config.init is not None:
-            start = flashvsr.load(self.config.init)
+            start = flashvsr.load(self.config.init, parts=LOADED["tc_decoder"])
             decoder = start.tc_decoder
             self.sizes = start.config if decoder is not None else self.sizes
         self.roles["decoder"] = self.engine(decoder or fresh_decoder(self.sizes.tc_decoder))

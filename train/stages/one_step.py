@@ -27,7 +27,7 @@ from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
 from train.losses.pixel import decode_window, mse, window_frames
 from train.stages.feed import Inputs
-from train.stages.shared import Loss, Stage
+from train.stages.shared import LOADED, Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
 from train.turns import Losses
 from train.validate import run_method
@@ -54,7 +54,7 @@ class OneStep(Stage):
                 return self.of_run("dit", ["teacher"])
             except UserError as error:
                 raise UserError(f"{error}; without a teacher set stage.loss.dmd=0") from None
-        model = flashvsr.load(self.config.teacher)
+        model = flashvsr.load(self.config.teacher, parts=LOADED["dit"])
         if model.info.kind != "teacher":
             raise UserError(f"teacher={self.config.teacher} is a {model.info.kind} model, not one of stage 1")
         return model

@@ -19,7 +19,6 @@ from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw, seed_of
 from flashvsr.config import PRESETS, ModelConfig
 from flashvsr.models.denoiser import Denoiser
-from flashvsr.models.dit import DiT
 from flashvsr.models.prompt import random_prompt
 from flashvsr.models.wan_vae import WanVAE
 from flashvsr.weights.folder import FlashVSR, ModelInfo, newest
@@ -35,6 +34,11 @@ from train.stages.feed import Feed, Inputs
 from train.turns import Losses
 
 Loss = Callable[[Inputs, Draw], Losses]
+LOADED = {  # what is read from a model folder to start from a part of it
+    "dit": ("dit", "lr_projector", "prompt"),
+    "vae": ("vae",),
+    "tc_decoder": ("tc_decoder",),
+}
 FROZEN = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.", "text_embedding.")  # the prompt stays exact
 
 
@@ -111,7 +115,7 @@ class Stage:
     def find(self, part: str, kinds: Sequence[str] | None = None) -> FlashVSR:
         """The model that holds `part`: from `init`, else the newest complete stage of this run."""
         if self.config.init is not None:
-            model = flashvsr.load(self.config.init)
+            model = flashvsr.load(self.config.init, parts=LOADED[part])
             if getattr(model, part) is not None and (kinds is None or model.info.kind in kinds):
                 return model
         return self.of_run(part, kinds)
@@ -127,7 +131,7 @@ class Stage:
                 f"{str(self.config.run_dir)!r} does not have: run `python -m train stage={first} "
                 f"run={self.config.run}` first, or give a model folder with init="
             )
-        return flashvsr.load(folder)
+        return flashvsr.load(folder, parts=LOADED[part])
 
     def vae(self) -> WanVAE:
         """The frozen VAE on the device."""
@@ -158,8 +162,8 @@ class Stage:
         module.to(self.device).train()
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(not any(part in name for part in FROZEN))
-        dit = getattr(module, "dit", None)
-        if isinstance(dit, DiT):
+        if isinstance(module, Denoiser):
+            dit = module.dit
             dit.checkpointing = self.config.checkpointing
             if self.config.stage.lora_rank:
                 dit.requires_grad_(False)

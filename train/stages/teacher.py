@@ -22,7 +22,7 @@ from flashvsr.streaming.clip import ClipUpscaler
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import flow_matching
 from train.stages.feed import Inputs
-from train.stages.shared import Loss, Stage
+from train.stages.shared import LOADED, Loss, Stage
 from train.turns import Losses
 from train.validate import run_method
 
@@ -43,7 +43,7 @@ class Teacher(Stage):
         if self.config.init is not None:
             import flashvsr
 
-            loaded = flashvsr.load(self.config.init)
+            loaded = flashvsr.load(self.config.init, parts=LOADED["dit"])
             start = loaded if loaded.dit is not None else None
         if start is None:
             self.sizes, prompt = self.model_config(), self.prompt(None)

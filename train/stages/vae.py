@@ -28,8 +28,8 @@ STATISTICS_CLIPS = 4
 
 @torch.no_grad()
 def fresh_vae(config: VAEConfig) -> WanVAE:
-    """A VAE from scratch. Convolutions keep the variance, without biases, residual branches start at zero, and
-    the posterior starts narrow: with torch's defaults biases drown the image, and noise the latents, for
+    """A VAE from scratch. Convolutions keep the variance, without biases; residual branches start at zero and
+    the posterior starts narrow. With torch's defaults biases drown the image and noise the latents for
     hundreds of steps."""
     vae = WanVAE(config)
     for name, parameter in vae.named_parameters():
