@@ -165,3 +165,21 @@ def test_the_prompt_stays_as_it_was(runs):
     for a, b in zip(first.dit.blocks, last.dit.blocks, strict=True):
         assert torch.equal(a.cross_attn.prompt_k, b.cross_attn.prompt_k)
         assert torch.equal(a.cross_attn.prompt_v, b.cross_attn.prompt_v)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(runs):
+    """Same seed and global batch: losses and gradient norms of one process and of two under DDP agree."""
+    from train.launch import spawn
+
+    logs = {}
+    for processes, micro in ((1, 2), (2, 1)):
+        name = f"ddp{processes}"
+        shutil.copytree(runs / "mini" / "vae", runs / name / "vae")
+        argv = ["stage=1", f"runs_dir={runs}", f"run={name}", f"data.shards={runs}/data", *SMALL]
+        argv += ["global_batch_size=2", f"micro_batch_size={micro}", f"parallel.processes={processes}"]
+        assert spawn(argv, processes) == 0
+        logs[processes] = [m for m in metrics(runs, "stage1", name) if m["kind"] == "train"]
+    for one, two in zip(*logs.values(), strict=True):
+        for key in ("loss/flow", "grad_norm/teacher", "term_grad/flow"):
+            assert one[key] == pytest.approx(two[key], rel=1e-5)
