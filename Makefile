@@ -55,7 +55,7 @@ demo: $(VENV)/ready
 
 # One thread for each of two workers: torch's own threads would fight for the cores.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not demo"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not demo"
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format --check .
