@@ -41,10 +41,11 @@ def run(config: TrainConfig, world: World) -> int:
         if world.is_main:
             print(f"{STAGES[config.stage.name]} of run {config.run} is complete: nothing to do")
         return 0
+    stage = make_stage(config, world)  # a missing earlier stage ends here, before anything is written
     if not world.is_main:
-        return _train(config, world)
+        return _train(stage)
     with run_lock(config.stage_dir):
-        return _train(config, world)
+        return _train(stage)
 
 
 def finished(config: TrainConfig) -> bool:
@@ -55,8 +56,8 @@ def finished(config: TrainConfig) -> bool:
     return read_json(path)["info"]["provenance"].get("steps") == config.steps
 
 
-def _train(config: TrainConfig, world: World) -> int:
-    stage = make_stage(config, world)
+def _train(stage: Stage) -> int:
+    config, world = stage.config, stage.world
     accumulation = _accumulation(config, world)
     checkpoints = config.stage_dir / "checkpoints"
     start = restore(stage, checkpoints)
@@ -72,10 +73,10 @@ def _train(config: TrainConfig, world: World) -> int:
     telemetry.truncate(start if start else -1)
     if world.is_main:
         _announce(stage, start, accumulation)
-        config.stage_dir.mkdir(parents=True, exist_ok=True)
+    clips, validation = stage.feed.clips("train"), Validation(stage)
+    if world.is_main:
         with atomic(config.stage_dir / "config.yaml") as part:
             part.write_text(to_yaml(config))
-    clips, validation = stage.feed.clips("train"), Validation(stage)
     if start == 0:
         telemetry.val(0, validation(0))
     batches = stage.feed.batches(clips, start * config.global_batch_size)
