@@ -167,6 +167,21 @@ def test_the_prompt_stays_as_it_was(runs):
         assert torch.equal(a.cross_attn.prompt_v, b.cross_attn.prompt_v)
 
 
+def test_an_adapter_is_merged_into_plain_weights(runs):
+    """LoRA with EMA from an earlier export: only its targets and the projector change, names stay plain."""
+    start = runs / "mini/stage1/export"
+    overrides = ["stage.lora_rank=2", "optim.ema=0.9", "optim.lr=0.01", f"init={start}"]
+    assert loop.run(config("teacher", runs, *overrides, run="lora"), WORLD) == 0
+    before, after = (flashvsr.load(f) for f in (start, runs / "lora/stage1/export"))
+    a, b = before.dit.state_dict(), after.dit.state_dict()
+    assert a.keys() == b.keys()
+    changed = {k for k in a if not torch.equal(a[k], b[k])}
+    targets = [f"self_attn.{x}.weight" for x in "qkvo"] + ["cross_attn.q.weight", "cross_attn.o.weight"]
+    assert changed == {k for k in a if k.endswith(tuple(targets))}
+    c, d = before.lr_projector.state_dict(), after.lr_projector.state_dict()
+    assert all(not torch.equal(c[k], d[k]) for k in c)
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(runs):
     """Same seed and global batch: losses and gradient norms of one process and of two under DDP agree."""
