@@ -21,11 +21,6 @@ def shift_sigma(sigma: Tensor, shift: float = SHIFT) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def unshift_sigma(sigma: Tensor, shift: float = SHIFT) -> Tensor:
-    """Inverse of `shift_sigma`."""
-    return sigma / (shift - (shift - 1) * sigma)
-
-
 def sampling_sigmas(steps: int, shift: float = SHIFT) -> Tensor:
     """Noise levels of an N-step sampler, from 1 downwards, without the final 0. float32 `N`."""
     return shift_sigma(torch.linspace(1, 0, steps + 1)[:-1], shift)

@@ -69,16 +69,6 @@ class Decoder(Stage):
 
         return decode_window(decode, first, count)
 
-    @torch.no_grad()
-    def vae_frames(self, inputs: Inputs, first: int, count: int) -> Tensor:
-        z = inputs.latents[0]
-
-        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
-            with self.autocast():
-                return self.frozen_vae.decode(z[:, :, start:stop], memory)
-
-        return decode_window(decode, first, count)
-
     def pixel_loss(self, inputs: Inputs, draw: Draw) -> Losses:
         s, count = self.config.stage, self.config.stage.window
         first = int(draw.step("window") * (inputs.latents[0].shape[2] - count + 1))
@@ -88,7 +78,8 @@ class Decoder(Stage):
         losses.add("mse", mse(sr, hr), s.mse)
         losses.add("lpips", self.lpips_loss(sr, hr), s.lpips)
         if s.vae_mse or s.vae_lpips:
-            vae = self.vae_frames(inputs, first, count)
+            with torch.no_grad():
+                vae = self.vae_frames(inputs.latents[0], first, count)
             losses.add("vae_mse", mse(sr, vae), s.vae_mse)
             losses.add("vae_lpips", self.lpips_loss(sr, vae), s.vae_lpips)
         return losses

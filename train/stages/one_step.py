@@ -25,7 +25,7 @@ from flashvsr.streaming.upscaler import StreamingUpscaler
 from flashvsr.weights.folder import FlashVSR, ModelInfo
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
-from train.losses.pixel import decode_window, mse, window_frames
+from train.losses.pixel import mse, window_frames
 from train.stages.feed import Inputs
 from train.stages.shared import LOADED, Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
@@ -104,7 +104,7 @@ class OneStep(Stage):
             losses.add("dmd", dmd(at, self.direction(at.detach(), inputs, draw)), weights.dmd)
         count = self.config.stage.pixel_latents
         first = int(draw.step("pixel.window") * (z.shape[2] - count + 1))
-        sr, hr = self.decoded(at, first, count), inputs.hr[0][:, :, window_frames(first, count)]
+        sr, hr = self.vae_frames(at, first, count), inputs.hr[0][:, :, window_frames(first, count)]
         losses.add("mse", mse(sr, hr), weights.mse)
         losses.add("lpips", self.lpips_loss(sr, hr), weights.lpips)
         return losses
@@ -123,19 +123,10 @@ class OneStep(Stage):
             estimates.append(denoised(point, v.float(), sigma))
         return dmd_direction(z, *estimates)
 
-    def decoded(self, z: Tensor, first: int, count: int) -> Tensor:
-        """Frames of `count` latents from `first`; earlier ones only fill the causal decoder's memory."""
-
-        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
-            with self.autocast():
-                return self.frozen_vae.decode(z[:, :, start:stop], memory)
-
-        return decode_window(decode, first, count)
-
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + 2 LPIPS over the whole decoded clip: what one step from noise is worth."""
         z = self.student(self.roles["student"].module, inputs, draw, INFERENCE_WINDOW)
-        sr = self.decoded(z, 0, z.shape[2])
+        sr = self.vae_frames(z, 0, z.shape[2])
         weights = self.config.stage.loss
         return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * self.lpips_loss(sr, inputs.hr[0])
 

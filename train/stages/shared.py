@@ -26,7 +26,7 @@ from train.config import STAGES, TrainConfig
 from train.ema import Ema
 from train.launch import World
 from train.lora import inject
-from train.losses.pixel import lpips_frames
+from train.losses.pixel import decode_window, lpips_frames
 from train.optim import build_optimizer
 from train.parallel.ddp import DdpEngine
 from train.parallel.engine import Engine
@@ -230,6 +230,15 @@ class Stage:
     def lpips_loss(self, sr: Tensor, hr: Tensor) -> Tensor:
         """Per sample, `B`; one frame at a time where memory counts."""
         return lpips_frames(self.lpips, sr, hr, frame_by_frame=self.config.checkpointing)
+
+    def vae_frames(self, z: Tensor, first: int, count: int) -> Tensor:
+        """VAE frames of `count` latents of `z` from `first`; earlier ones only fill the decoder's memory."""
+
+        def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
+            with self.autocast():
+                return self.frozen_vae.decode(z[:, :, start:stop], memory)
+
+        return decode_window(decode, first, count)
 
     def dense_plan(self, latents: Sequence[Tensor], head_dim: int) -> PackedDense:
         grids = [(x.shape[2], x.shape[3] // 2, x.shape[4] // 2) for x in latents]
