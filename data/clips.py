@@ -9,8 +9,9 @@ import torch
 from data.degradation import degrade
 from data.degradation.blur import mirror_index
 from data.degradation.presets import preset
+from data.reader import Reader
 from data.sampler import shuffled
-from data.shards import Index, Reader, Sample, read_index
+from data.shards import Index, Sample, read_index
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import numpy_rng
 

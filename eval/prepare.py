@@ -99,7 +99,8 @@ def find_sources(folder: Path) -> list[Source]:
 
 def _from_index(folder: Path) -> list[Source]:
     """Held-out clips of a data folder; its images only when it has nothing else."""
-    from data.shards import Reader, read_index
+    from data.reader import Reader
+    from data.shards import read_index
 
     index = read_index(folder)
     samples = index.splits.get("val", ())

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data import __main__ as command
 from data.build import build
-from data.shards import Reader, read_index
+from data.reader import Reader
+from data.shards import read_index
 from flashvsr.base.cli import UserError, run
 from tests.data.conftest import CLIPS, moving, write_clip
 
