@@ -8,8 +8,8 @@
 
 `PackedDense` (stage 1, teacher, fake score), `SparseCausal` (stages 2 and 3, whole clip in parallel) and
 `CachedStreaming` (inference, chunk by chunk) compute the same function where they overlap. A new pattern
-is a new plan. The blocks a plan chose are kept per layer, so activation checkpointing recomputes the
-same attention.
+is a new plan. The blocks a sparse plan chose are kept per layer in `plan.selections`, so activation
+checkpointing recomputes the same attention; a layer's entry put there before the forward is used as it is.
 """
 
 from __future__ import annotations
@@ -175,16 +175,12 @@ class CachedStreaming(_Blocked):
         self.chunks = list(range(first, first + grid[0] // CHUNK))
         self.selections: dict[int, Selection] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _select(self, layer: int, q: Tensor) -> Selection:
         ring, s = self.ring, self.per_chunk
-        pooled = pool(k.transpose(1, 2), self.block_tokens)
-        for i, chunk in enumerate(self.chunks):
-            tokens, blocks = (slice(i * n, (i + 1) * n) for n in (self.chunk_tokens, s))
-            ring.write(layer, chunk, k[:, tokens], v[:, tokens], pooled[:, :, blocks])
         seen = [*ring.chunks, *self.chunks]
-        q = q.transpose(1, 2)
         cached = ring.pooled[layer]
-        selection = select(
+        return select(
             pool(q, self.block_tokens),
             lambda chunks: torch.cat([cached[:, :, ring.blocks(c)] for c in chunks], 2),
             [seen] * len(self.chunks),
@@ -195,8 +191,17 @@ class CachedStreaming(_Blocked):
             ratio=self.ratio,
             local=self.local,
         )
-        self.selections[layer] = selection
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ring = self.ring
+        pooled = pool(k.transpose(1, 2), self.block_tokens)
+        for i, chunk in enumerate(self.chunks):
+            tokens, blocks = (slice(i * n, (i + 1) * n) for n in (self.chunk_tokens, self.per_chunk))
+            ring.write(layer, chunk, k[:, tokens], v[:, tokens], pooled[:, :, blocks])
+        q = q.transpose(1, 2)
+        if layer not in self.selections:
+            self.selections[layer] = self._select(layer, q)
         out = backends.sparse_attention(
-            q, ring.keys[layer], ring.values[layer], selection, backend=self.backend
+            q, ring.keys[layer], ring.values[layer], self.selections[layer], backend=self.backend
         )
         return out.transpose(1, 2)

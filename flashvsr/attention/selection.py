@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,10 +21,15 @@ from flashvsr.models.norm import widen
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen key blocks in compressed rows.
+    """Chosen key blocks in compressed rows; a row is one batch entry, head and query block, in that order.
 
-    counts: int32 `B heads Q`, key blocks per query block (0 allowed); columns: int16 flat, the key block
-    indices row after row; key_blocks: how many there are to choose from; block_tokens: tokens in a block.
+    counts: int32 `B heads Q`, key blocks per query block (0 allowed); columns: flat key block indices, row
+    after row, in any order within a row, int16 (int32 from 32,768 key blocks on); key_blocks: how many there
+    are to choose from; block_tokens: tokens in a block.
+
+    `columns` may be longer than the rows together: entries from `offsets[-1]` on mean nothing, so that no
+    length has to be fetched from the device. Derived forms are computed once, on the device, without waiting
+    for it.
     """
 
     counts: Tensor
@@ -34,22 +40,61 @@ class Selection:
     @classmethod
     def from_mask(cls, mask: Tensor, block_tokens: int) -> Selection:
         """From a boolean `B heads Q K`."""
-        assert mask.shape[-1] < 2**15, "int16 holds the block indices"
-        columns = mask.nonzero()[:, -1].to(torch.int16)
+        columns = mask.nonzero()[:, -1].to(column_dtype(mask.shape[-1]))
         return cls(mask.sum(-1, dtype=torch.int32), columns, mask.shape[-1], block_tokens)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Where each row begins in `columns`, and at last the end of all: int32 `B*heads*Q + 1`."""
+        ends = self.counts.flatten().cumsum(0, dtype=torch.int32)
+        return torch.cat([ends.new_zeros(1), ends])
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each entry of `columns`, int32; `B*heads*Q` for those that mean nothing."""
+        entry = torch.arange(self.columns.numel(), dtype=torch.int32, device=self.columns.device)
+        return torch.searchsorted(self.offsets[1:], entry, right=True, out_int32=True)
+
+    @cached_property
+    def _transposed(self) -> Selection:
+        b, heads, queries = self.counts.shape
+        pairs = b * heads * self.key_blocks
+        unused = self.rows == self.counts.numel()
+        by_key = self.rows // queries * self.key_blocks + self.columns.int()
+        by_key, order = by_key.masked_fill_(unused, pairs).sort(stable=True)
+        query = (self.rows % queries)[order].to(column_dtype(queries))
+        starts = torch.searchsorted(
+            by_key, torch.arange(pairs + 1, dtype=torch.int32, device=by_key.device), out_int32=True
+        )
+        counts = starts.diff().view(b, heads, self.key_blocks)
+        return Selection(counts, query, queries, self.block_tokens)
+
+    def transposed(self) -> Selection:
+        """Per key block the query blocks that chose it, ascending: counts `B heads K`, `key_blocks` = Q."""
+        return self._transposed
 
     def mask(self) -> Tensor:
         """As a boolean `B heads Q K`."""
-        rows = self.counts.flatten()
-        mask = torch.zeros(rows.numel(), self.key_blocks, dtype=torch.bool, device=rows.device)
-        row = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), rows.long())
-        mask[row, self.columns.long()] = True
-        return mask.unflatten(0, self.counts.shape)
+        rows = self.counts.numel()
+        mask = torch.zeros(rows + 1, self.key_blocks, dtype=torch.bool, device=self.counts.device)
+        columns = self.columns.long().masked_fill(self.rows == rows, 0)
+        mask[self.rows.long(), columns] = True
+        return mask[:rows].unflatten(0, self.counts.shape)
 
     @property
     def density(self) -> float:
         """Chosen pairs over all pairs."""
+        return self.counts.sum().item() / (self.counts.numel() * self.key_blocks)
+
+    @property
+    def most(self) -> float:
+        """The most that `density` can be; known without asking the device."""
         return self.columns.numel() / (self.counts.numel() * self.key_blocks)
+
+
+def column_dtype(blocks: int) -> torch.dtype:
+    """The narrowest integer that holds the index of one of `blocks`."""
+    return torch.int16 if blocks <= 2**15 else torch.int32
 
 
 def pool(x: Tensor, block_tokens: int) -> Tensor:

@@ -70,7 +70,7 @@ def check_backends(device: str = "cpu") -> list[Conformance]:
     import torch
 
     from flashvsr.attention import Selection, sparse_attention
-    from flashvsr.attention.backends import BACKENDS
+    from flashvsr.attention.backends import available
     from flashvsr.base.draws import generator
     from flashvsr.base.measure import interleaved
 
@@ -93,14 +93,14 @@ def check_backends(device: str = "cpu") -> list[Conformance]:
         out = sparse_attention(*leaves, selection, backend=backend)
         return [out, *torch.autograd.grad(out, leaves, gradient.to(dtype))]
 
+    facts = available(torch.device(device), torch.float32, HEAD_DIM, BLOCK_TOKENS)
+    names = [name for name, reason in facts.items() if reason is None]
     expected = both("reference", torch.float64)
     with torch.no_grad():
-        forward_s = interleaved(
-            {name: lambda n=name: forward(n, torch.float32) for name in BACKENDS}, repeats=3
-        )
-    both_s = interleaved({name: lambda n=name: both(n, torch.float32) for name in BACKENDS}, repeats=3)
+        forward_s = interleaved({name: lambda n=name: forward(n, torch.float32) for name in names}, repeats=3)
+    both_s = interleaved({name: lambda n=name: both(n, torch.float32) for name in names}, repeats=3)
     results = []
-    for name in BACKENDS:
+    for name in names:
         out, *gradients = both(name, torch.float32)
         errors = [
             (a.double() - b).abs().max().item() for a, b in zip([out, *gradients], expected, strict=True)
@@ -114,12 +114,15 @@ def check_backends(device: str = "cpu") -> list[Conformance]:
 def print_table(results: list[Conformance], device: str) -> None:
     if not results:
         return
+    import torch
+
     from flashvsr.attention.backends import resolve
 
     queries, keys = BLOCKS
+    auto = resolve("auto", torch.device(device), torch.float32, HEAD_DIM, BLOCK_TOKENS)
     print(
         f"\nattention on {device}, {HEADS} heads of {HEAD_DIM}, {queries}x{keys} blocks of {BLOCK_TOKENS} "
-        f"tokens, float32 against float64; auto is {resolve('auto')}"
+        f"tokens, float32 against float64; auto is {auto}"
     )
     print(
         f"{'backend':12s} {'forward error':>14s} {'backward error':>15s} {'forward us':>11s} {'both us':>9s}"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from flashvsr import flow
-from flashvsr.attention.backends import resolve
 from flashvsr.attention.plans import CHUNK, PackedDense, Plan, SparseCausal, training_ratio
 from flashvsr.base.cli import UserError, build
 from flashvsr.streaming.frames import (
@@ -26,6 +25,7 @@ from flashvsr.streaming.frames import (
     model_device,
     no_frames,
     pad_time,
+    resolve_attention,
     resolve_ratio,
 )
 from flashvsr.streaming.stream import (
@@ -78,7 +78,7 @@ class ClipUpscaler:
             Output, {"scale": scale, "decoder": decoder, "color_fix": color_fix, "seed": seed}
         )
         self.sparse_ratio = resolve_ratio(model, sparse_ratio)
-        self.attention = resolve(attention) if self.sparse else "dense"
+        self.attention = resolve_attention(model, attention) if self.sparse else "dense"
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)

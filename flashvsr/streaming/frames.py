@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashvsr.attention.backends import resolve
 from flashvsr.base.cli import UserError
 from flashvsr.base.resize import bicubic_8bit, to_signed, to_uint8
 from flashvsr.models.tc_decoder import TCDecoder
@@ -48,6 +50,12 @@ def resolve_ratio(model: FlashVSR, sparse_ratio: float | Literal["auto"] | None)
     if sparse_ratio is not None and (not isinstance(sparse_ratio, (int, float)) or sparse_ratio <= 0):
         raise UserError(f"sparse_ratio={sparse_ratio!r} must be a number above 0, none or auto")
     return sparse_ratio
+
+
+def resolve_attention(model: FlashVSR, attention: str) -> str:
+    """The name of the attention backend this model runs with here; UserError where it cannot."""
+    config, weight = model.dit.config, model.dit.patch_embedding.weight
+    return resolve(attention, weight.device, weight.dtype, config.head_dim, math.prod(config.block))
 
 
 def check_frames(frames: Frames) -> Tensor:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashvsr.attention.backends import resolve
 from flashvsr.base.cli import UserError, build
 from flashvsr.streaming.frames import (
     Canvas,
@@ -24,6 +23,7 @@ from flashvsr.streaming.frames import (
     model_device,
     no_frames,
     pad_time,
+    resolve_attention,
     resolve_ratio,
 )
 from flashvsr.streaming.stream import (
@@ -91,7 +91,7 @@ class StreamingUpscaler:
                 "kv_chunks": kv_chunks,
                 "local_range": local_range,
                 "color_fix": color_fix,
-                "attention": resolve(attention),
+                "attention": resolve_attention(model, attention),
             },
         )
         self.model, self.device = model, model_device(model)

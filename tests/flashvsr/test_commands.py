@@ -253,12 +253,11 @@ def test_doctor(capsys):
 
 
 def test_doctor_sees_a_wrong_backend(monkeypatch, capsys):
-    from flashvsr.attention import backends
+    from flashvsr.attention.backends import gather, reference
 
-    def wrong(q, k, v, selection):
-        return backends.reference_attention(q * 1.01, k, v, selection)
-
-    monkeypatch.setitem(backends.BACKENDS, "wrong", wrong)
+    monkeypatch.setattr(
+        gather, "attention", lambda q, k, v, selection: reference.attention(q * 1.01, k, v, selection)
+    )
     assert main(["doctor", "--device", "cpu", "--quiet"]) == 1
     assert "FAILED" in capsys.readouterr().out
 

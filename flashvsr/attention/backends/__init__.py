@@ -1,29 +1,61 @@
-"""Block-sparse attention: one function, one file per backend."""
+"""Block-sparse attention: one function, one file per backend.
+
+A backend is a module with two functions:
+
+    why_not(device, dtype, head_dim, block_tokens) -> None when it can compute that, else the reason
+    attention(q, k, v, selection) -> out            as `sparse_attention`
+
+It is imported when first asked for; one whose packages are missing is listed with the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from functools import cache
 
+import torch
 from torch import Tensor
 
-from flashvsr.attention.backends.gather import gather_attention
-from flashvsr.attention.backends.reference import reference_attention
 from flashvsr.attention.selection import Selection
 from flashvsr.base.cli import UserError
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Selection], Tensor]] = {
-    "reference": reference_attention,
-    "gather": gather_attention,
+BACKENDS: dict[str, str] = {
+    name: f"{__name__}.{name}"
+    for name in ("reference", "gather", "flex", "block_sparse_attn", "triton", "dense")
 }
+# What `auto` tries, in order: the first that is usable.
+AUTO = ("flex", "triton", "block_sparse_attn", "gather")
 
 
-def resolve(backend: str) -> str:
-    """The backend that `auto` stands for here; UserError for an unknown name."""
+@cache
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int
+) -> str | None:
+    """Why the backend of this name cannot compute that; None when it can."""
+    try:
+        module = importlib.import_module(BACKENDS[name])
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return module.why_not(device, dtype, head_dim, block_tokens)
+
+
+def available(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int
+) -> dict[str, str | None]:
+    """Every backend with None where it is usable, else with the reason."""
+    return {name: why_not(name, device, dtype, head_dim, block_tokens) for name in BACKENDS}
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
+    """The backend's name, of `auto` the one it stands for; UserError for an unknown or unusable one."""
+    facts = (device, dtype, head_dim, block_tokens)
     if backend == "auto":
-        return "gather"
-    if backend not in BACKENDS:
-        raise UserError(f"attention backend {backend!r} is unknown; there are auto, {', '.join(BACKENDS)}")
-    return backend
+        return next(name for name in AUTO if why_not(name, *facts) is None)
+    if backend in BACKENDS and (reason := why_not(backend, *facts)) is None:
+        return backend
+    usable = ", ".join(name for name, reason in available(*facts).items() if reason is None)
+    what = f"cannot be used here: {reason}" if backend in BACKENDS else "is unknown"
+    raise UserError(f"attention backend {backend!r} {what}; usable: auto, {usable}")
 
 
 def sparse_attention(
@@ -34,4 +66,5 @@ def sparse_attention(
     q: `B heads T d` in block order; k, v: `B heads K*block_tokens d`; returns `B heads T d`. A query block
     without any key gives zeros. Gradients flow to q, k, v and never to the selection.
     """
-    return BACKENDS[resolve(backend)](q, k, v, selection)
+    name = resolve(backend, q.device, q.dtype, q.shape[-1], selection.block_tokens)
+    return importlib.import_module(BACKENDS[name]).attention(q, k, v, selection)

@@ -34,7 +34,12 @@ def _groups(counts: list[int], bytes_per_key: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def gather_attention(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
     """See `sparse_attention`."""
     batch, heads, tokens, d = q.shape
     n, key_blocks = selection.block_tokens, selection.key_blocks

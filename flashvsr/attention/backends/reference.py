@@ -9,7 +9,12 @@ from flashvsr.attention.selection import Selection
 from flashvsr.models.norm import widen
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
     """See `sparse_attention`. Memory grows with queries times keys."""
     n = selection.block_tokens
     mask = selection.mask().repeat_interleave(n, 2).repeat_interleave(n, 3)
