@@ -127,7 +127,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Parallel:
-    kind: Literal["ddp"]
+    kind: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
     processes: int | None
 
 

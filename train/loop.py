@@ -101,8 +101,9 @@ def _train(stage: Stage) -> int:
         if world.is_main:
             print(f"stopped at step {step} by {stop.name}; the same command continues from there")
         return REQUEUE
+    parts = stage.parts()  # gathers what is sharded: every rank takes part
     if world.is_main:
-        path = save_model(config.stage_dir / "export", **stage.parts())
+        path = save_model(config.stage_dir / "export", **parts)
         print(f"{STAGES[config.stage.name]} complete after {step} steps: {relative(path)}")
     world.barrier()
     return 0
@@ -185,7 +186,10 @@ def _accumulation(config: TrainConfig, world: World) -> int:
 def _announce(stage: Stage, start: int, accumulation: int) -> None:
     """What is in use, once."""
     config, world = stage.config, stage.world
-    trained = {role: sum(p.numel() for p in e.trained().values()) for role, e in stage.roles.items()}
+    trained = {
+        role: sum(p.numel() for p in e.module.parameters() if p.requires_grad)
+        for role, e in stage.roles.items()
+    }
     sizes = ", ".join(f"{role} {count / 1e6:.2f} M trained" for role, count in trained.items())
     print(
         f"{STAGES[config.stage.name]} ({config.stage.name}) of run {config.run}: {sizes}; "
@@ -202,7 +206,7 @@ def save(stage: Stage, folder: Any, step: int) -> None:
         parts[role] = engine.weights()
         parts[f"{role}.optimizer"] = engine.optimizer_state()
     if stage.ema is not None:
-        parts[f"{stage.main}.ema"] = stage.ema.state_dict()
+        parts[f"{stage.main}.ema"] = stage.roles[stage.main].gather(stage.ema.state_dict())
     if stage.world.is_main:
         meta = {"stage": stage.config.stage.name, "config": asdict(stage.config)}
         checkpoint.save(folder, step, parts, json.loads(json.dumps(meta)), stage.config.keep_last)
@@ -227,7 +231,8 @@ def restore(stage: Stage, folder: Any) -> int:
     for role, engine in stage.roles.items():
         engine.load(restored.take(role), restored.take(f"{role}.optimizer"))
     if stage.ema is not None:
-        stage.ema.load_state_dict(restored.take(f"{stage.main}.ema"))
+        shadow = stage.roles[stage.main].shard(restored.take(f"{stage.main}.ema"))
+        stage.ema.load_state_dict(shadow)
     restored.finish()
     return restored.step
 

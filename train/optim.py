@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW
 
@@ -40,6 +42,20 @@ def build_optimizer(
     ]
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in trained.values())
     return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Sum of squares, float64. In float32 torch's sum over a large tensor is off by 1e-4 on a CPU, and the
+    same gradient cut into shards would clip differently."""
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
+    return torch.stack(squares).sum()
+
+
+def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales, in place, gradients of total `norm` down to `limit`."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0).item()
+    if scale < 1.0:
+        torch._foreach_mul_(list(gradients), scale)
 
 
 def set_lr(optimizer: AdamW, lr: float) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train.launch import World
-from train.parallel.engine import Engine
+from train.parallel.engine import Engine, Optimizer
 
 
 class DdpEngine(Engine):
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, clip: float, world: World):
-        super().__init__(module, optimizer, clip)
+    def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float, world: World):
+        super().__init__(module, build_optimizer, clip)
         devices = [world.device] if world.device.type == "cuda" else None
         self.wrapped = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
         self.size = world.size

@@ -1,11 +1,12 @@
 """A role's engine: forward, accumulate, backward, step, and its state. This one runs on one process.
 
-Other ways of running a role subclass it and keep its eight methods; stages and loop know nothing else.
+Other ways of running a role subclass it and keep its methods; stages and loop know nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import load_optimizer, optimizer_tensors
-from train.optim import set_lr
+from train.optim import clip_gradients, set_lr, squared_norm
+
+Optimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.AdamW]  # from parameters by name
 
 
 class Engine:
     """`module` with its optimiser. Gradients of all ranks add up: losses carry 1/global_count themselves."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, clip: float):
-        self.module, self.optimizer, self.clip = module, optimizer, clip
+    def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float):
+        self.module, self.clip = module, clip
+        self.optimizer = build_optimizer(dict(module.named_parameters()))
         self.wrapped: nn.Module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,19 +42,28 @@ class Engine:
 
     def step(self, lr: float) -> float:
         """Clips, steps, clears the gradients; returns the gradient norm before clipping."""
-        norm = self._clip()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = self._squares(gradients).sqrt()
         set_lr(self.optimizer, lr)
         if torch.isfinite(norm):
+            clip_gradients(gradients, norm, self.clip)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def _clip(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(list(self.trained().values()), self.clip)
+    def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
+        return squared_norm(gradients)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained(self) -> dict[str, Tensor]:
         """Trained parameters by name, as this process holds them (local shards where sharded)."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def whole(self) -> nn.Module:
+        """The module with whole weights, to use without gradient; the same one until the next step.
+
+        Where weights are sharded every rank must call it.
+        """
+        return self.module
 
     def weights(self) -> dict[str, Tensor]:
         """The whole module's weights by name."""
@@ -64,3 +77,21 @@ class Engine:
         """Restores both, strictly."""
         self.module.load_state_dict(dict(weights), strict=True)
         load_optimizer(self.optimizer, self.trained(), optimizer_state)
+
+    def gather(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors laid out like `trained()` -> whole ones; names that are no parameters stay as they are."""
+        return dict(named)
+
+    def shard(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `gather`."""
+        return dict(named)
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy that shares no weight: parameters empty on the meta device, buffers (the prompt's keys and
+    values, statistics) copied."""
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, empty)

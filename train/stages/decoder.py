@@ -63,9 +63,8 @@ class Decoder(Stage):
         z, lr = inputs.latents[0], inputs.lr[0]
 
         def decode(start: int, stop: int, memory: Any) -> tuple[Tensor, Any]:
-            module = run if torch.is_grad_enabled() else self.roles["decoder"].module
             with self.autocast():
-                return module(z[:, :, start:stop], lr[:, :, window_frames(start, stop - start)], memory)
+                return run(z[:, :, start:stop], lr[:, :, window_frames(start, stop - start)], memory)
 
         return decode_window(decode, first, count)
 
@@ -90,7 +89,7 @@ class Decoder(Stage):
         return s.mse * mse(sr, inputs.hr[0]) + s.lpips * self.lpips_loss(sr, inputs.hr[0])
 
     def _whole(self, inputs: Inputs) -> Tensor:
-        return self.decoded(self.roles["decoder"].module, inputs, 0, inputs.latents[0].shape[2])
+        return self.decoded(self.roles["decoder"].whole(), inputs, 0, inputs.latents[0].shape[2])
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         segment = {name: tensor[None] for name, tensor in sample["segments"][0].items()}

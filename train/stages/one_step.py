@@ -84,7 +84,7 @@ class OneStep(Stage):
     def fake_loss(self, inputs: Inputs, draw: Draw) -> Losses:
         """Flow matching of the fake score on the student's output, which gets no gradient from it."""
         with torch.no_grad():
-            z = self.student(self.roles["student"].module, inputs, draw, step_window(self, draw))
+            z = self.student(self.roles["student"], inputs, draw, step_window(self, draw))
         noise = self.noise(draw, "fake.noise", z)
         sigma = shift_sigma(draw.uniform("fake.sigma")).to(self.device)
         plan = self.dense_plan([z], self.sizes.dit.head_dim)
@@ -116,7 +116,7 @@ class OneStep(Stage):
         sigma = shift_sigma(draw.uniform("dmd.sigma", low, high)).to(self.device)
         point = add_noise(z, self.noise(draw, "dmd.noise", z), sigma)
         estimates = []
-        for module in (self.teacher, self.roles["fake"].module):
+        for module in (self.teacher, self.roles["fake"]):
             plan = self.dense_plan([z], self.sizes.dit.head_dim)
             with self.autocast():
                 (v,) = module([point], sigma[:, None], plan, features=inputs.extra["features"])
@@ -125,7 +125,7 @@ class OneStep(Stage):
 
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + 2 LPIPS over the whole decoded clip: what one step from noise is worth."""
-        z = self.student(self.roles["student"].module, inputs, draw, INFERENCE_WINDOW)
+        z = self.student(self.roles["student"].whole(), inputs, draw, INFERENCE_WINDOW)
         sr = self.vae_frames(z, 0, z.shape[2])
         weights = self.config.stage.loss
         return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * self.lpips_loss(sr, inputs.hr[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from train.launch import World
 from train.lora import inject
 from train.losses.pixel import decode_window, lpips_frames
 from train.optim import build_optimizer
-from train.parallel.ddp import DdpEngine
+from train.parallel import make_engine
 from train.parallel.engine import Engine
 from train.stages.feed import Feed, Inputs
 from train.turns import Losses
@@ -100,7 +100,7 @@ class Stage:
 
     def live(self) -> FlashVSR:
         """The main role as it stands, as a model to upscale with."""
-        denoiser = self.roles[self.main].module
+        denoiser = self.roles[self.main].whole()
         return FlashVSR(
             dit=denoiser.dit,
             lr_projector=denoiser.lr_projector,
@@ -171,11 +171,9 @@ class Stage:
                     dit, self.config.stage.lora_targets, self.config.stage.lora_rank, seed=self.config.seed
                 )
         o = self.config.optim
-        named = dict(module.named_parameters())
-        optimizer = build_optimizer(named, o.lr if lr is None else lr, o.weight_decay, o.betas)
-        if self.world.size > 1:
-            return DdpEngine(module, optimizer, o.clip, self.world)
-        return Engine(module, optimizer, o.clip)
+        rate = o.lr if lr is None else lr
+        optimizer = partial(build_optimizer, lr=rate, weight_decay=o.weight_decay, betas=o.betas)
+        return make_engine(self.config.parallel.kind, module, optimizer, o.clip, self.world)
 
     def merged(self, role: str) -> nn.Module:
         """A copy of a role's module to keep: EMA weights where they are kept, adapter merged, on the CPU."""
@@ -183,11 +181,11 @@ class Stage:
 
         from train.lora import merge
 
-        module = copy.deepcopy(self.roles[role].module).cpu()
+        module = copy.deepcopy(self.roles[role].whole()).cpu()
         if self.ema is not None and role == self.main:
             own = dict(module.named_parameters())
             with torch.no_grad():
-                for name, value in self.ema.shadow.items():
+                for name, value in self.roles[role].gather(self.ema.shadow).items():
                     own[name].copy_(value)
         merge(module)
         return module.requires_grad_(False)

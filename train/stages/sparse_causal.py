@@ -86,7 +86,7 @@ class SparseCausalStudent(Stage):
         return losses
 
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
-        predicted, noise = self._predict(self.roles["student"].module, inputs, draw, INFERENCE_WINDOW)
+        predicted, noise = self._predict(self.roles["student"].whole(), inputs, draw, INFERENCE_WINDOW)
         return flow_matching(predicted, inputs.latents, [noise])
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:

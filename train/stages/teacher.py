@@ -80,7 +80,7 @@ class Teacher(Stage):
         return losses
 
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
-        predicted, noise = self._predict(self.roles["teacher"].module, inputs, draw)
+        predicted, noise = self._predict(self.roles["teacher"].whole(), inputs, draw)
         return flow_matching(predicted, inputs.latents, noise)
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:

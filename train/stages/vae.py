@@ -82,7 +82,7 @@ class Vae(Stage):
         return losses
 
     def reconstructed(self, video: Tensor) -> Tensor:
-        vae = self.roles["vae"].module
+        vae = self.roles["vae"].whole()
         with self.autocast():
             mean, _, _ = vae.posterior(video)
             return vae.decode(vae.normalise(mean))[0]
