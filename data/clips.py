@@ -107,7 +107,7 @@ class Clips:
     def identity(self) -> dict:
         """What the samples depend on, as JSON: two equal identities give the same samples."""
         config = {k: v for k, v in vars(self.config).items() if k not in ("shards", "workers")}
-        corpus = "".join(s.sha256 for s in self.videos + self.stills)
+        corpus = "".join(s.content for s in self.videos + self.stills)
         return {"seed": self.seed, "config": config, "corpus": hashlib.sha256(corpus.encode()).hexdigest()}
 
     def sample(self, counter: int) -> dict:

@@ -50,7 +50,7 @@ class Reader:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.checked: set[str] = set()
+        self.checked: set[tuple[str, int]] = set()  # members by shard and offset
 
     def frames(
         self,
@@ -84,19 +84,20 @@ class Reader:
         path = self.index.folder / sample.shard
         try:
             if sample.kind == "frames":
-                for spot in sample.members[start : start + count]:
+                for spot in sample.members[sample.start + start :][:count]:
                     with _Window(path, *spot) as window:
                         yield from read_frames(window, size=size)
             else:
                 with _Window(path, sample.offset, sample.size) as window:
-                    yield from read_frames(window, start, count, size=size)
+                    first = sample.start + start
+                    yield from read_frames(window, first, count, size=size, keyframes=sample.keyframes)
         except (UserError, OSError) as error:
             raise UserError(
                 f"cannot decode '{sample.key}' in {path} ({error}): build the shards again"
             ) from error
 
     def _check(self, sample: Sample) -> None:
-        if sample.key in self.checked:
+        if (sample.shard, sample.offset) in self.checked:
             return
         path = self.index.folder / sample.shard
         digest = hashlib.sha256()
@@ -109,4 +110,4 @@ class Reader:
                 f"'{sample.key}' in {path} is damaged (its hash is not the index's): "
                 f"build the shards again with `python -m data build SRC --out {self.index.folder}`"
             )
-        self.checked.add(sample.key)
+        self.checked.add((sample.shard, sample.offset))
