@@ -37,10 +37,10 @@ def numbered(source: Source, start: int, ahead: bool, keyframes: Keyframes = ())
     number, time = max((k for k in keyframes if k[0] <= start), default=(0, 0))
     if number:
         with opened(source, ahead) as (container, stream):
-            frames = container.decode(stream)
-            first = _seek(container, stream, frames, time)
+            frames = _entered(container, stream, time, start - number)
+            first = next(frames, None)
             if first is not None:
-                yield from enumerate(itertools.chain([first], frames), number)
+                yield from enumerate(itertools.chain([first], frames), start)
                 return
     with opened(source, ahead) as (container, stream):
         k = None
@@ -91,16 +91,35 @@ def keyframes_of(times: Sequence[tuple[int, bool]], apart: int = 12) -> tuple[tu
     return tuple(chosen)
 
 
-def _seek(container: Any, stream: Any, frames: Iterator, time: int) -> Any | None:
-    """Seek to the keyframe shown at `time`; that frame, or None if it does not come."""
+def _entered(container: Any, stream: Any, time: int, skip: int) -> Iterator[Any]:
+    """Frames from the `skip`-th after the keyframe shown at `time` on; none when that keyframe does not come.
+
+    Of the frames between, those that no other refers to are not decoded (H.264 marks them).
+    """
     container.seek(time, stream=stream)
-    for frame in frames:
-        if frame.pts == time:
-            return frame
-        # Frames before the keyframe belong to the group before it and may be incomplete.
-        if frame.pts is None or frame.pts > time:
+    packets = container.demux(stream)
+    read, times = [], []
+    for packet in packets:  # until it is known when the wanted frame is shown
+        read.append(packet)
+        if packet.pts is None or packet.dts is None:  # the end of the stream
             break
-    return None
+        # What is shown before the keyframe belongs to the group before it and may be incomplete.
+        times += [packet.pts] if packet.pts >= time else []
+        if len(times) > skip and sorted(times)[skip] < packet.dts:
+            break
+    if time not in times or len(times) <= skip:
+        return
+    wanted, entered = sorted(times)[skip], False
+    context = stream.codec_context
+    for packet in itertools.chain(read, packets):
+        needless = context.name == "h264" and packet.pts is not None and packet.pts < wanted
+        context.skip_frame = "NONREF" if needless else "DEFAULT"
+        for frame in packet.decode():
+            entered = entered or frame.pts == time
+            if frame.pts is None or (frame.pts >= wanted and not entered):
+                return
+            if frame.pts >= wanted:
+                yield frame
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from flashvsr.base.cli import UserError
 from flashvsr.base.demux import Keyframes, numbered, opened
 from flashvsr.base.files import atomic, atomic_dir
+from flashvsr.base.pixels import Box, ToRGB, cut
 from flashvsr.base.stills import (
     FRAME_NAME,
     Source,
@@ -71,24 +72,40 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
-def list_clips(folder: str | Path) -> list[Path]:
+def list_clips(folder: str | Path, unreadable: list[tuple[str, str]] | None = None) -> list[Path]:
     """All clips under a folder, in natural order: video files, single images, folders of frames.
 
     A folder of numbered images of one size is one clip; images of several sizes are a clip each. Hidden
-    files are passed over. A file is its own list. UserError when the path does not exist.
+    files are passed over. A file is its own list. Links are followed, in circles once. UserError when the path
+    does not exist. A folder that may not be read raises OSError, or goes to `unreadable` as (name, reason).
     """
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist; check the path")
     if folder.is_file():
         return [folder] if is_video(folder) or is_image(folder) else []
-    items = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
-    if is_frame_folder(folder) and not any(p.is_dir() or is_video(p) for p in items):
-        return [folder]
+    return _list_folder(folder, frozenset(), unreadable)
+
+
+def _list_folder(
+    folder: Path, above: frozenset[Path], unreadable: list[tuple[str, str]] | None
+) -> list[Path]:
+    real = folder.resolve()
+    if real in above:
+        return []
+    try:
+        items = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
+        if is_frame_folder(folder) and not any(p.is_dir() or is_video(p) for p in items):
+            return [folder]
+    except OSError as error:
+        if unreadable is None:
+            raise
+        unreadable.append((folder.name, f"the folder cannot be read ({error.strerror})"))
+        return []
     clips: list[Path] = []
     for item in items:
-        if item.is_dir() and not (item.is_symlink() and folder.resolve().is_relative_to(item.resolve())):
-            clips += list_clips(item)
+        if item.is_dir():
+            clips += _list_folder(item, above | {real}, unreadable)
         elif item.is_file() and (is_video(item) or is_image(item)):
             clips.append(item)
     return clips
@@ -128,12 +145,14 @@ def read_frames(
     stride: int = 1,
     size: tuple[int, int] | None = None,
     keyframes: Keyframes = (),
+    crop: Box | None = None,
 ) -> Iterator[np.ndarray]:
     """Frames start, start + stride, ... (`count` of them, or to the end) as uint8 [H, W, 3] RGB, upright.
 
     Frames are counted as they are shown; a variable rate neither repeats nor drops any. `size` = (h, w)
-    resizes (bicubic, antialiased) on the way. Takes a path, or a video's or image's bytes, or a binary file
-    object. Fewer frames come when the source ends earlier. `keyframes` of a video, from
+    resizes (bicubic, antialiased) on the way, `crop` (top, left, height, width) then cuts: only that part of
+    a large frame is converted. Takes a path, or a video's or image's bytes, or a binary file object. Fewer
+    frames come when the source ends earlier. `keyframes` of a video, from
     `flashvsr.base.demux.keyframes_of`, spare a pass over its packets before a seek. UserError, naming the
     file, when it cannot be read, at the latest at the frame concerned.
     """
@@ -144,10 +163,12 @@ def read_frames(
     size = None if size is None else (int(size[0]), int(size[1]))
     stop = None if count is None else start + count * stride
     if is_picture(path):
-        return (read_image(path, size) for _ in itertools.islice(range(1), start, stop, stride))
-    if _is_folder(path):
-        return _read_folder(Path(path), start, stop, stride, size)
-    return _read_video(path, start, stop, stride, size, keyframes)
+        images = (read_image(path, size) for _ in itertools.islice(range(1), start, stop, stride))
+    elif _is_folder(path):
+        images = _read_folder(Path(path), start, stop, stride, size)
+    else:
+        return _read_video(path, start, stop, stride, ToRGB(size, crop), keyframes)
+    return images if crop is None else (cut(image, crop) for image in images)
 
 
 def _is_folder(source: Source) -> bool:
@@ -170,31 +191,14 @@ def _read_folder(
 
 
 def _read_video(
-    source: Source,
-    start: int,
-    stop: int | None,
-    stride: int,
-    size: tuple[int, int] | None,
-    keyframes: Keyframes,
+    source: Source, start: int, stop: int | None, stride: int, to_rgb: ToRGB, keyframes: Keyframes
 ) -> Iterator[np.ndarray]:
     """Decode in presentation order, beginning at the keyframe before `start` where that is exact."""
-    from av.video.reformatter import Interpolation, VideoReformatter
-
-    # Exact and alike on every CPU; swscale widens the bicubic filter when it shrinks.
-    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    flags |= Interpolation.BITEXACT
-    reformatter, shape = VideoReformatter(), None
     for k, frame in numbered(source, start, stop is None, keyframes):
         if stop is not None and k >= stop:
             break
-        if k < start or (k - start) % stride:
-            continue
-        turns = round(frame.rotation / 90) % 4
-        if shape is None:
-            shape = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
-        height, width = shape[::-1] if turns % 2 else shape
-        frame = reformatter.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1)
-        yield np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
+        if k >= start and not (k - start) % stride:
+            yield to_rgb(frame)
 
 
 class VideoWriter:
