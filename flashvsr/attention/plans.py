@@ -42,8 +42,15 @@ class Plan(Protocol):
 
 
 def training_ratio(sparse_ratio: float | None, area: int, height: int, width: int) -> float | None:
-    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area of the student's training."""
-    return None if sparse_ratio is None else sparse_ratio * area / (height * width)
+    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area of the student's training.
+
+    For the release's area the product is rounded after each side, as its scripts do: at a sparse_ratio of 1.4
+    or 1.9 `sparse_ratio * (768 * 1280)` ends one pair away at most sizes.
+    """
+    if sparse_ratio is None:
+        return None
+    scaled = sparse_ratio * 768 * 1280 if area == 768 * 1280 else sparse_ratio * area
+    return scaled / (height * width)
 
 
 class PackedDense:
