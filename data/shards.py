@@ -101,8 +101,8 @@ def read_index(path: str | Path) -> Index:
     file = path if path.suffix == ".json" else path / INDEX
     if not file.is_file():
         raise UserError(
-            f"no {file.name} in '{file.parent}': make it with `python -m data build SRC --out {file.parent}`, "
-            f"or from tars made elsewhere with `python -m data index {file.parent}`"
+            f"no {file.name} in '{file.parent}': make it with `python -m data build SRC --out "
+            f"{file.parent}`, or from tars made elsewhere with `python -m data index {file.parent}`"
         )
     raw = read_json(file)
     folder = file.parent
@@ -139,12 +139,13 @@ def parse_index(raw: Any, folder: Path, where: str) -> Index:
         return Index(folder, raw["request"], splits, skipped)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
-            f"'{where}' is damaged ({type(error).__name__}: {error}): make it again with `python -m data index`"
+            f"'{where}' is damaged ({type(error).__name__}: {error}): make it again with "
+            "`python -m data index`"
         ) from error
 
 
 def _member(row: dict[str, Any], where: str) -> Sample:
-    # Not flashvsr.base.cli.build: an index has a row per video, and a check by annotations takes a millisecond.
+    # Not flashvsr.base.cli.build: it is slow, and an index has a row for each of 100,000 videos.
     for name in ("offset", "size", "height", "width"):
         if type(row[name]) is not int or row[name] < 0:
             raise UserError(f"{where}: {name}={row[name]!r} must be a number: make the index again")
@@ -204,15 +205,18 @@ def write_shard(path: Path, members: Iterable[Member]) -> None:
     """Writes one tar with webdataset, atomically; the same members give the same bytes."""
     from webdataset import TarWriter
 
-    with atomic(path) as part, open(part, "wb") as file:
-        # mtime=0 and no encoder: nothing in the tar but the members
-        with TarWriter(file, mtime=0.0, encoder=False) as writer:
-            for member in members:
-                record: dict[str, str | bytes] = {"__key__": member.key}
-                for name, source in zip(member.names(), member.files, strict=True):
-                    record[name] = source.read_bytes()
-                record["json"] = json.dumps(member.facts()).encode()
-                writer.write(record)
+    # mtime=0 and no encoder: nothing in the tar but the members
+    with (
+        atomic(path) as part,
+        open(part, "wb") as file,
+        TarWriter(file, mtime=0.0, encoder=False) as writer,
+    ):
+        for member in members:
+            record: dict[str, str | bytes] = {"__key__": member.key}
+            for name, source in zip(member.names(), member.files, strict=True):
+                record[name] = source.read_bytes()
+            record["json"] = json.dumps(member.facts()).encode()
+            writer.write(record)
 
 
 def placed(shard: Path, members: Iterable[Member]) -> list[Sample]:
@@ -227,8 +231,8 @@ def placed(shard: Path, members: Iterable[Member]) -> list[Sample]:
         if sum(size for _, size in where) != m.size:
             raise UserError(f"'{m.source}' changed while it was read: run the same command again")
         shared = Sample(
-            m.key, shard.name, where[0][0], m.size, m.kind, m.frames, m.fps, m.height, m.width, m.sha256, m.source,
-            where if m.kind == "frames" else (), 0, m.keyframes,
+            m.key, shard.name, where[0][0], m.size, m.kind, m.frames, m.fps, m.height, m.width, m.sha256,
+            m.source, where if m.kind == "frames" else (), 0, m.keyframes,
         )  # fmt: skip
         for start, frames in m.clips:
             key = clip_key(m.key, start, frames, m.frames)
@@ -254,39 +258,3 @@ def spots(shard: Path) -> Iterator[tuple[str, str, int, int]]:
                 yield folder + slash + base, extension, member.offset_data, member.size
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"'{shard}' is no whole tar ({error}): copy or build it again") from error
-
-
-def write_split(folder: Path, split: str, items: Iterable[tuple[Sample, list[Path]]]) -> tuple[Sample, ...]:
-    """Writes `folder/SPLIT-NNNNNN.tar` from (sample without a place, its files); returns them with their
-    places."""
-    import tarfile
-
-    from webdataset import ShardWriter
-
-    pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"
-    written: list[Sample] = []
-    # mtime=0 and no encoder: the same sources give the same bytes
-    with ShardWriter(pattern, maxsize=1 << 30, verbose=0, mtime=0.0, encoder=False) as writer:
-        for sample, files in items:
-            record: dict[str, str | bytes] = {"__key__": sample.key}
-            for i, file in enumerate(files):
-                name = f"{i:06d}{file.suffix.lower()}" if sample.kind == "frames" else file.suffix.lower()[1:]
-                record[name] = file.read_bytes()
-            facts = {k: getattr(sample, k) for k in ("frames", "fps", "height", "width", "source", "sha256")}
-            record["json"] = json.dumps(facts).encode()
-            writer.write(record)
-            written.append(dataclasses.replace(sample, shard=Path(writer.fname).name))
-    places: dict[str, list[tuple[int, int]]] = {}
-    for shard in sorted({s.shard for s in written}):
-        with tarfile.open(folder / shard) as tar:
-            for member in tar:
-                key, _, name = member.name.partition(".")
-                if name != "json":
-                    places.setdefault(key, []).append((member.offset_data, member.size))
-    done = []
-    for sample in written:
-        spots = tuple(places[sample.key])
-        total = sum(size for _, size in spots)
-        members = spots if sample.kind == "frames" else ()
-        done.append(dataclasses.replace(sample, offset=spots[0][0], size=total, members=members))
-    return tuple(done)
