@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="for a FlashVSR release whose folder's name does not say it",
     )
+    p.add_argument("--prompt", metavar="FILE", help="a posi_prompt.pth to take the place of the model's")
     p.add_argument("--force", action="store_true", help="replace a model that is at DST")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return p
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
         given.to,
         dtype=getattr(torch, given.dtype) if given.dtype else None,
         lr_projector=given.lr_projector,
+        prompt=given.prompt,
         force=given.force,
         note=(lambda sentence: None) if given.quiet else say,
     )

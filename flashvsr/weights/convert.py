@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashvsr.base.cli import UserError
 from flashvsr.base.files import atomic
+from flashvsr.models.prompt import load_prompt
 from flashvsr.weights.folder import FlashVSR, description, gathered, plain, save_model, say, stored_bytes
 from flashvsr.weights.load import load
 from flashvsr.weights.names import FILES, INFO_FILE, SINGLE_KEY
@@ -31,15 +32,17 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     lr_projector: str = "auto",
+    prompt: str | Path | None = None,
     force: bool = False,
     note: Callable[[str], None] = say,
 ) -> FlashVSR:
     """Writes the model at `source` (anything that `load` takes) to `out` in another layout; returns what was
     written, read back.
 
-    dtype: of all floating tensors (None: as stored; for a single file bfloat16); force: replace a model that
-    is at `out`. What was written is read again and compared tensor by tensor. Raises UserError, and leaves
-    `out` as it was, when that cannot be done.
+    dtype: of all floating tensors (None: as stored; for a single file bfloat16); prompt: a file like
+    `posi_prompt.pth` to take the place of the model's; force: replace a model that is at `out`. What was
+    written is read again and compared tensor by tensor. Raises UserError, and leaves `out` as it was, when
+    that cannot be done.
     """
     source, out = Path(source), Path(out)
     _check_target(source, out, to, force)
@@ -48,6 +51,8 @@ def convert(
     model = load(source, dtype=dtype, lr_projector=lr_projector, note=note)
     if to == "diffusers" and model.dit is None:
         raise UserError(f"{source} has no DiT, which is all that diffusers' layout is for; take --to release")
+    if prompt is not None:
+        model.prompt = load_prompt(prompt, model.config.dit.text_dim)
     parts = {part: getattr(model, part) for part in FILES}
     if dtype is not None and model.prompt is not None:
         parts["prompt"] = model.prompt.to(dtype)
@@ -95,7 +100,7 @@ def _save_single(out: Path, model: FlashVSR, parts: dict[str, object]) -> None:
         files[part] = {"name": part, "size": stored_bytes({part: content}), "sha256": ""}
     said = json.dumps(description(config, model.info, files), ensure_ascii=False)
     with atomic(out) as aside:
-        write_safetensors(aside, tensors, {"format": "pt", SINGLE_KEY: said})
+        write_safetensors(aside, tensors, {SINGLE_KEY: said})  # one key: their order is not fixed
 
 
 def _same(a: object, b: object) -> bool:

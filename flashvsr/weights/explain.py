@@ -43,6 +43,7 @@ OWN_FACE = {
     "LRProjector": ("linear_layers.0.weight",),
     "TCDecoder": ("decoder.5.conv.0.weight",),
     "WanVAE": ("encoder.downsamples.0.residual.0.gamma",),
+    "UMT5EncoderModel": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
 }
 WIDTHS = {5120: "Wan2.1-14B", 3072: "Wan2.2-TI2V-5B"}
 
