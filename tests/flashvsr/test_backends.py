@@ -42,10 +42,10 @@ def masks():
 
 
 @pytest.mark.parametrize("kind", masks())
-@pytest.mark.parametrize("group_bytes", [gather.GROUP_BYTES, 1])
+@pytest.mark.parametrize("group_bytes", [gather.SCRATCH, 1])
 @pytest.mark.parametrize("backend", ["gather"])
 def test_backend_equals_reference_forward_and_backward(backend, kind, group_bytes, monkeypatch):
-    monkeypatch.setattr(gather, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(gather, "SCRATCH", group_bytes)
     mask = masks()[kind]
     selection = Selection.from_mask(mask, BLOCK)
     inputs = random_inputs(2, 3, 5, 7)
