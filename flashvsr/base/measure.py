@@ -49,6 +49,17 @@ def interleaved(fns: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: 
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
+class Deadline:
+    """Time that is left of a number of seconds."""
+
+    def __init__(self, seconds: float):
+        self._end = time.perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.perf_counter()
+
+
 def time_median(fn: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
     """Median seconds of one function."""
     return interleaved({"": fn}, repeats, warmup)[""]
