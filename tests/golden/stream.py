@@ -207,8 +207,7 @@ def _frames(golden: Golden, modules: tuple, given: Mapping[Key, Tensor]) -> tupl
     stream = GoldenStream(golden, dit, golden["noise"], min(FIRST_CHUNKS, (lr.shape[2] - 1) // 8))
     stream.given = given
     stream.denoiser, stream.decoder = Denoiser(dit, projector), decoder
-    starts = [0, *range(25, lr.shape[2], 8)]
-    return torch.cat([stream.step(lr[:, :, a : 25 if a == 0 else a + 8]) for a in starts], 2)[0], stream
+    return stream.run(lr)[0], stream
 
 
 def _compare_frames(golden: Golden, frames: Tensor) -> Iterator[Row]:
