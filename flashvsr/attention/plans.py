@@ -84,9 +84,17 @@ class _Blocked:
     """What the two block-sparse plans share: one clip in block order."""
 
     def __init__(
-        self, grid: Grid, first_latent: int, block: Block, head_dim: int, device: torch.device | str
+        self,
+        grid: Grid,
+        first_latent: int,
+        block: Block,
+        head_dim: int,
+        local: Tensor | None,
+        device: torch.device | str,
     ):
         check_grid(grid, block)
+        self.local = local
+        self.allowed = None if local is None else int(local.sum())
         self.grid, self.block = grid, block
         self.block_tokens = block[0] * block[1] * block[2]
         self.per_chunk = (grid[1] // block[1]) * (grid[2] // block[2])
@@ -125,8 +133,8 @@ class SparseCausal(_Blocked):
         backend: str = "auto",
         device: torch.device | str = "cpu",
     ):
-        super().__init__(grid, 0, block, head_dim, device)
-        self.ratio, self.local, self.backend = ratio, local, backend
+        super().__init__(grid, 0, block, head_dim, local, device)
+        self.ratio, self.backend = ratio, backend
         chunks = grid[0] // CHUNK
         seen = causal_chunks(chunks, chunks if window is None else window)
         self.visible = [row.nonzero().flatten().tolist() for row in seen]
@@ -145,6 +153,7 @@ class SparseCausal(_Blocked):
             block_tokens=self.block_tokens,
             ratio=self.ratio,
             local=self.local,
+            allowed=self.allowed,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,9 +185,9 @@ class CachedStreaming(_Blocked):
         backend: str = "auto",
         device: torch.device | str = "cpu",
     ):
-        super().__init__(grid, first_latent, block, head_dim, device)
+        super().__init__(grid, first_latent, block, head_dim, local, device)
         first = first_latent // CHUNK
-        self.ring, self.ratio, self.local, self.backend = ring, ratio, local, backend
+        self.ring, self.ratio, self.backend = ring, ratio, backend
         self.chunks = list(range(first, first + grid[0] // CHUNK))
         self.selections: dict[int, Selection] = {}
 
@@ -197,6 +206,7 @@ class CachedStreaming(_Blocked):
             block_tokens=self.block_tokens,
             ratio=self.ratio,
             local=self.local,
+            allowed=self.allowed,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -178,12 +178,14 @@ def select(
     block_tokens: int,
     ratio: float | None,
     local: Tensor | None = None,
+    allowed: int | None = None,
 ) -> Selection:
-    """Chooses for every query chunk; on a GPU without waiting for it.
+    """Chooses for every query chunk; on a GPU without waiting for it (with `local` if `allowed` is given).
 
     q: pooled queries `B heads (chunks s) d`; visible: per query chunk, the visible key chunks in time
     order; `key_chunks(list)` gives their pooled keys; `columns_of[chunk]` is the first key block of a
-    chunk in the key tensor handed to attention (a ring need not be in time order).
+    chunk in the key tensor handed to attention (a ring need not be in time order); allowed: how many pairs
+    `local` allows.
     """
     b, heads, blocks, _ = q.shape
     q = q.unflatten(2, (-1, per_chunk))
@@ -200,9 +202,13 @@ def select(
         first = torch.tensor([[columns_of[c] for c in chunks] for chunks in sets], device=q.device)
         columns.append((first[..., None] + within).flatten(1))
         at += len(sets)
-    pairs = [per_chunk * per_chunk * len(chunks) for chunks in visible]
-    most = b * heads * sum(n if ratio is None else budget(per_chunk, n, ratio) for n in pairs)
-    return _compress(kept, columns, most, key_blocks, block_tokens)
+    if allowed is None:
+        allowed = per_chunk * per_chunk if local is None else int(local.sum())
+    most = [allowed * len(chunks) for chunks in visible]
+    if ratio is not None:
+        budgets = [budget(per_chunk, per_chunk * per_chunk * len(chunks), ratio) for chunks in visible]
+        most = [min(pair) for pair in zip(most, budgets, strict=True)]
+    return _compress(kept, columns, b * heads * sum(most), key_blocks, block_tokens)
 
 
 def _compress(

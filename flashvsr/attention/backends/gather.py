@@ -4,7 +4,8 @@ A row is one batch entry, head and query block. Rows of like length go through b
 together, in tiles small enough for the cache; a row longer than a tile is cut into slabs, whose results are
 merged by their log-sum-exp (online softmax). The backward pass gathers again and recomputes the scores from
 q, k and the saved log-sum-exp, so beyond inputs, outputs and gradients there is only the tile: at any length
-less than `SCRATCH` bytes. Half precision is computed and summed in float32.
+less than `SCRATCH` bytes. Half precision is computed and summed in float32; there the sums of at least one
+head come on top.
 
 Runs forward and backward on every device. On CPUs the same inputs give the same bits; on GPUs the sums into
 dk and dv use atomic additions and may differ in the last bit from run to run.
@@ -231,18 +232,25 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(S - lse); dV = P'dO; dS = P (dO V' - sum(dO O)); dQ = dS K; dK = dS' Q."""
-    n, d = selection.block_tokens, q.shape[3]
-    blocks = [_Blocks(x, n) for x in (q, k, v, out, grad)]
+    blocks = [_Blocks(x, selection.block_tokens) for x in (q, k, v, out, grad)]
     gradients = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     for heads in _head_ranges(q, k):
-        parts = [g.view(-1, *g.shape[2:])[heads.start : heads.stop] for g in gradients]
-        totals = [g.to(lse.dtype).view(-1, n, d) for g in parts]
-        for tile in _tiles(selection, heads, d, lse.element_size(), TILE_PER_THREAD):
-            _backward_tile(tile, blocks, totals, lse, heads.start)
-        for part, total in zip(parts, totals, strict=True):
-            if part.dtype != total.dtype:
-                part.copy_(total.view(part.shape))
+        _backward_heads(heads, blocks, gradients, lse, selection)
     return tuple(gradients)
+
+
+def _backward_heads(
+    heads: range, blocks: list[_Blocks], gradients: list[Tensor], lse: Tensor, selection: Selection
+) -> None:
+    """The gradients of some heads; a function of its own, so that its sums are gone before the next ones."""
+    n, d = blocks[0].n, blocks[0].d
+    parts = [g.view(-1, *g.shape[2:])[heads.start : heads.stop] for g in gradients]
+    totals = [g.to(lse.dtype).view(-1, n, d) for g in parts]
+    for tile in _tiles(selection, heads, d, lse.element_size(), TILE_PER_THREAD):
+        _backward_tile(tile, blocks, totals, lse, heads.start)
+    for part, total in zip(parts, totals, strict=True):
+        if part.dtype != total.dtype:
+            part.copy_(total.view(part.shape))
 
 
 def _backward_tile(

@@ -21,6 +21,7 @@ from flashvsr.attention.backends import triton_kernels as kernels
 from flashvsr.attention.selection import Selection
 
 LEAST, WIDEST = 16, 128  # tokens of a block and of a tile; head dimensions
+FEW_ROWS = 1024  # up to here the last rows to end weigh more than the cache: eight turns on 132 processors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -128,8 +129,17 @@ def attention(
 
 
 def _long_rows_first(selection: Selection) -> Tensor:
-    """Per head its rows by falling count, int32 `B*heads rows`: the last programs to start are short ones."""
-    return selection.counts.flatten(0, 1).argsort(dim=-1, descending=True, stable=True).int()
+    """The rows in the order in which programs start, int32: long ones first, so that the last are short.
+
+    Few rows are sorted together; of many only those of a head, so that the programs at work at one time read
+    the same keys from the L2 cache.
+    """
+    counts = selection.counts.flatten(0, 1)
+    if counts.numel() <= FEW_ROWS:
+        counts = counts.reshape(1, -1)
+    order = counts.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, counts.numel(), counts.shape[1], device=counts.device)
+    return (order + first[:, None]).int().flatten()
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -149,7 +159,7 @@ def _walk(
     """
     q, n = tensors[0], selection.block_tokens
     heads, d = q.shape[1], q.shape[-1]
-    sizes = [d, heads, order.shape[1]]
+    sizes = [d, heads, selection.counts.shape[2]]
     programs = order.numel() * (n // tile.m)
     if kernel == "key_gradient":
         sizes.append(selection.key_blocks)

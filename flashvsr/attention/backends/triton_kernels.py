@@ -20,13 +20,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ("heads", "rows", "queries", "tokens")  # another value is no reason to compile again
+
 
 @triton.jit
-def _row(order, pid, rows, TILES: tl.constexpr):
-    """Which row and which tile of its block a program owns. Neighbours share a row's list, then a head's
-    keys, so that the L2 cache meets them again; within a head `order` puts long rows first."""
-    place = pid // TILES
-    return place // rows, tl.load(order + place), pid % TILES
+def _row(order, TILES: tl.constexpr):
+    """Which row, and which tile of its block, this program owns: the tiles of a row run side by side."""
+    return tl.load(order + tl.program_id(0) // TILES), tl.program_id(0) % TILES
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _write(pointers, values, d, WIDTH: tl.constexpr, PADDED: tl.constexpr):
         tl.store(pointers, values)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     q, k, v, out, lse, order, offsets, columns, scale, d, heads, rows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
@@ -60,11 +60,11 @@ def forward(
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` (float32 `B heads T`, contiguous) of M queries; `rows`: query blocks per head."""
-    head, row, tile = _row(order, tl.program_id(0), rows, BLOCK // M)
+    row, tile = _row(order, BLOCK // M)
+    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    head = row // rows
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    begin = tl.load(offsets + head * rows + row)
-    end = tl.load(offsets + head * rows + row + 1)
-    first = row.to(tl.int64) * BLOCK + tile * M
+    first = (row % rows).to(tl.int64) * BLOCK + tile * M
 
     queries = _read(q + b * q_b + h * q_h + first * q_t + _tile(M, WIDTH, q_t), d, WIDTH, PADDED)
     keys = k + b * k_b + h * k_h
@@ -98,7 +98,7 @@ def forward(
     tl.store(lse + head.to(tl.int64) * rows * BLOCK + first + tl.arange(0, M), bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_products(
     out, do, delta, d, heads, tokens, out_b, out_h, out_t, do_b, do_h, do_t,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr,
@@ -114,7 +114,7 @@ def row_products(
     tl.store(delta + head * tokens + first + tl.arange(0, M), products)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_gradient(
     q, k, v, do, dq, lse, delta, order, offsets, columns, scale, d, heads, rows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
@@ -122,11 +122,11 @@ def query_gradient(
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dq` of M queries; arguments as in `forward`."""
-    head, row, tile = _row(order, tl.program_id(0), rows, BLOCK // M)
+    row, tile = _row(order, BLOCK // M)
+    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    head = row // rows
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    begin = tl.load(offsets + head * rows + row)
-    end = tl.load(offsets + head * rows + row + 1)
-    first = row.to(tl.int64) * BLOCK + tile * M
+    first = (row % rows).to(tl.int64) * BLOCK + tile * M
 
     queries = _read(q + b * q_b + h * q_h + first * q_t + _tile(M, WIDTH, q_t), d, WIDTH, PADDED)
     grads = _read(do + b * do_b + h * do_h + first * do_t + _tile(M, WIDTH, do_t), d, WIDTH, PADDED)
@@ -155,7 +155,7 @@ def query_gradient(
     _write(dq + b * dq_b + h * dq_h + first * dq_t + _tile(M, WIDTH, dq_t), sums, d, WIDTH, PADDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_gradient(
     q, k, v, do, dk, dv, lse, delta, order, offsets, columns, scale, d, heads, rows, queries,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
@@ -164,11 +164,11 @@ def key_gradient(
 ):  # fmt: skip
     """`dk` and `dv` of N keys; the lists are the transposed selection's, `rows`: key blocks, `queries`: query
     blocks per head. Everything is held transposed, keys x queries, so that no product needs p^T."""
-    head, row, tile = _row(order, tl.program_id(0), rows, BLOCK // N)
+    row, tile = _row(order, BLOCK // N)
+    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    head = row // rows
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    begin = tl.load(offsets + head * rows + row)
-    end = tl.load(offsets + head * rows + row + 1)
-    first = row.to(tl.int64) * BLOCK + tile * N
+    first = (row % rows).to(tl.int64) * BLOCK + tile * N
 
     kt = _read(k + b * k_b + h * k_h + first * k_t + _tile(N, WIDTH, k_t), d, WIDTH, PADDED)
     vt = _read(v + b * v_b + h * v_h + first * v_t + _tile(N, WIDTH, v_t), d, WIDTH, PADDED)
