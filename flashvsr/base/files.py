@@ -199,7 +199,10 @@ def load_torch(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other protocols, before they are refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip and Path(path).suffix != ".safetensors":  # torch would go by that name
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever it likes over damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):

@@ -48,11 +48,16 @@ CALLED = {
 }
 
 
+RELEASES = {"1": "v1", "1.0": "v1", "1_0": "v1", "1.1": "v1.1", "1_1": "v1.1"}
+
+
 def release_in(name: str) -> str | None:
     """The release a folder's name says unmistakably, v1 or v1.1: `FlashVSR-v1.1`, `FlashVSR_v1`, also behind
     `models--OWNER--`. Plain `FlashVSR` does not: both releases are kept under that name."""
-    said = re.fullmatch(r"(?:models--.+--)?flashvsr[-_ ]?v(1|1[._]0|1[._]1)(?:[-_ ].*)?", name.lower())
-    return None if said is None else "v1.1" if said[1] in ("1.1", "1_1") else "v1"
+    if not re.match(r"(?:models--.+--)?flashvsr", name.lower()):
+        return None
+    said = set(re.findall(r"(?:(?<=flashvsr)|(?<=[-_ ]))v(\d+(?:[._]\d+)*)(?=[-_ ]|$)", name.lower()))
+    return RELEASES.get(said.pop()) if len(said) == 1 else None
 
 
 def dit_config(shapes: Shapes, heads: int | None = None, eps: float = 1e-6) -> DiTConfig:

@@ -117,7 +117,12 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
     from safetensors.torch import save_file
 
     try:
+        path.touch()
+        mode = (
+            path.stat().st_mode
+        )  # as the user's umask wants it; safetensors makes files only the owner reads
         save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, path, dict(metadata))
+        path.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise UserError(_not_written(path, error)) from None
 
