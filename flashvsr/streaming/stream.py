@@ -47,8 +47,8 @@ def noise_source(noise: Noise | Mapping[int, Tensor] | None, seed: int) -> Noise
         if isinstance(noise, Mapping):
             if index not in noise:
                 raise UserError(
-                    f"the given noise has nothing for latent {index}; give a tensor {shape} for every latent, also "
-                    f"for those of the repeated frames that end a clip, or a function (index, shape) -> tensor"
+                    f"the given noise has nothing for latent {index}; give each a tensor {shape}, also "
+                    f"those of the last frame's repeats, or give a function (index, shape) -> tensor"
                 )
             drawn = noise[index]
         else:

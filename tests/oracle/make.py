@@ -21,11 +21,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lr_proj": dict(variant="causal", hidden1=4, hidden2=6, out_dim=8, layer_num=1, frames=13, height=32,
                     width=48, batch=1),
     "tc_decoder": dict(channels=(8, 6, 4, 4), latents=(6, 2), height=4, width=6, batch=1),
-    "wan_vae": dict(vae_dim=2, frames=9, height=16, width=24, batch=1),
+    "wan_vae": dict(vae_dim=4, frames=9, height=16, width=24, batch=1),
     "pipeline": dict(
         dim=24, ffn=32, heads=2, layers=2, freq_dim=16, text_dim=8, text_len=4, topk_ratio=1.5, kv_ratio=3.0,
         local_range=None, eps=1e-6, lr_variant="causal", hidden1=2, hidden2=3, layer_num=1, decoder="tc",
-        channels=(6, 4, 4, 4), vae_dim=2, color_fix="adain", frames=33, height=128, width=256,
+        channels=(6, 4, 4, 4), vae_dim=4, color_fix="adain", frames=33, height=128, width=256,
     ),
 }  # fmt: skip
 
