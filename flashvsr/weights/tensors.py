@@ -81,9 +81,10 @@ def is_safetensors(path: Path) -> bool:
     """By the first bytes, and by the name where they say nothing (an empty or damaged file)."""
     with reading(path), open(path, "rb") as handle:
         begin = handle.read(9)
-    if begin[:4] == b"PK\x03\x04" or begin[:1] == b"\x80":
-        return False
-    return begin[8:9] == b"{" or path.suffix == ".safetensors"
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < path.stat().st_size:
+        return True  # the length of its header, then JSON; asked first, for a length may look like a pickle
+    torchs = begin[:4] == b"PK\x03\x04" or begin[:1] == b"\x80"
+    return path.suffix == ".safetensors" and not torchs
 
 
 def read_metadata(path: Path) -> dict[str, str]:

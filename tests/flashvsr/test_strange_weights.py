@@ -25,6 +25,7 @@ from flashvsr.weights.explain import listed
 from flashvsr.weights.folder import ModelInfo, save_model
 from flashvsr.weights.load import load
 from flashvsr.weights.names import FILES, WAN_DIT
+from flashvsr.weights.tensors import is_safetensors, read_tensors
 
 CONFIG = ModelConfig(
     dit=DiTConfig(dim=128, ffn=8, layers=2, heads=1, freq_dim=8, text_dim=4),
@@ -359,6 +360,23 @@ def test_shards_and_other_suffixes(states, release, tmp_path):
         assert all(torch.equal(t, got[n]) for n, t in states[part].items())
     save_file(halves[0], folder / f"{stem}-00002-of-00002.safetensors")
     assert "repeats the tensor" in refusal(folder)
+
+
+@pytest.mark.parametrize("first", [0x80, 0x50])
+def test_formats_are_told_apart_by_bytes(states, tmp_path, first):
+    """A safetensors header may be as long as a pickle's or a zip's first byte says; the name says nothing."""
+    path = tmp_path / "a.ckpt"
+    for pad in range(512):
+        save_file(states["vae"], path, {"pad": "x" * pad})
+        if path.read_bytes()[0] == first:
+            break
+    else:
+        raise AssertionError("no such length")
+    assert is_safetensors(path)
+    assert read_tensors([path], None, "cpu").keys() == states["vae"].keys()
+    torch.save(states["vae"], tmp_path / "b.safetensors")
+    assert not is_safetensors(tmp_path / "b.safetensors")
+    assert read_tensors([tmp_path / "b.safetensors"], None, "cpu").keys() == states["vae"].keys()
 
 
 # ---- which release --------------------------------------------------------------------------------------
