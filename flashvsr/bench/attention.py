@@ -24,8 +24,8 @@ OF_CUDA = {
     "dense cudnn": SDPBackend.CUDNN_ATTENTION,
     "dense flash": SDPBackend.FLASH_ATTENTION,
 }  # fmt: skip
-# The reference is there to be right: it holds all scores, which large sizes have no room for.
-LEFT_OUT = ("reference",)
+LEFT_OUT = ("reference",)  # is there to be right: it holds all scores
+MASK = 2**31  # elements of a token mask that `dense` keeps for its backward: with more it is left out
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,13 @@ class Shape:
         shapes = [(self.batch, self.heads, n, self.head_dim) for n in (self.tokens[0], *2 * self.tokens[1:])]
         return [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
 
-    def choose(self, q: Tensor, k: Tensor) -> Selection:
-        """As a plan does: pooled scores, one budget per query chunk and head."""
+    def window(self) -> Tensor | None:
+        """The local window's allowed pairs."""
+        return None if self.local_range is None else local_window(*self.blocks, self.local_range)
+
+    def choose(self, q: Tensor, k: Tensor, local: Tensor | None, allowed: int | None) -> Selection:
+        """As a plan does, which keeps the window on the device and knows how many pairs it allows."""
         pooled = pool(k, self.block_tokens).unflatten(2, (-1, self.per_chunk))
-        local = None
-        if self.local_range is not None:
-            local = local_window(*self.blocks, self.local_range).to(q.device)
         return select(
             pool(q, self.block_tokens),
             lambda chunks: pooled[:, :, list(chunks)].flatten(2, 3),
@@ -77,6 +78,7 @@ class Shape:
             block_tokens=self.block_tokens,
             ratio=self.ratio,
             local=local,
+            allowed=allowed,
         )
 
 
@@ -109,13 +111,18 @@ def whole_clip(
     return Shape(visible, blocks, 2.0, block[0] * block[1] * block[2], **more)
 
 
-def usable(shape: Shape, device: torch.device, dtype: torch.dtype, asked: Sequence[str] | None) -> list[str]:
+def usable(
+    shape: Shape, device: torch.device, dtype: torch.dtype, asked: Sequence[str] | None, backward: bool
+) -> list[str]:
     """The backends to measure: those asked for (UserError for one that cannot be used), or all usable."""
     facts = (device, dtype, shape.head_dim, shape.block_tokens)
     if asked is not None:
         return [backends.resolve(name, *facts) for name in asked]
+    left_out = LEFT_OUT
+    if backward and shape.batch * shape.heads * shape.tokens[0] * shape.tokens[1] > MASK:
+        left_out += ("dense",)
     found = backends.available(*facts)
-    return [name for name, reason in found.items() if reason is None and name not in LEFT_OUT]
+    return [name for name, reason in found.items() if reason is None and name not in left_out]
 
 
 def bench(
@@ -129,9 +136,11 @@ def bench(
     repeats: int = 5,
 ) -> Report:
     """Every backend in turns with dense attention, forward and (with `backward`) forward and backward."""
-    names = usable(shape, device, dtype, asked)
+    names = usable(shape, device, dtype, asked, backward)
     q, k, v = shape.inputs(device, dtype)
-    selection = shape.choose(q, k)
+    window = shape.window()
+    given = (None, None) if window is None else (window.to(device), int(window.sum()))
+    selection = shape.choose(q, k, *given)
     density = selection.density
     report = begin(
         title, device, dtype, heads=shape.heads, head_dim=shape.head_dim, block=shape.block_tokens,
@@ -142,7 +151,7 @@ def bench(
     ways = {name: partial(sparse_attention, selection=selection, backend=name) for name in names}
     ways, failed = working(ways, (q, k, v), backward)
     references = dense_ways(device, (q, k, v))
-    choosing = {"selection": lambda: shape.choose(q, k)}
+    choosing = {"selection": lambda: shape.choose(q, k, *given)}
     with torch.no_grad():
         calls = {name: partial(way, q, k, v) for name, way in (references | ways).items()} | choosing
         times = measure.interleaved(calls, repeats)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashvsr import flops
-from flashvsr.attention.backends import resolve
+from flashvsr.attention.backends import describe
 from flashvsr.attention.plans import CachedStreaming
 from flashvsr.base import measure
 from flashvsr.bench.models import FIRST_FRAMES, STEP_FRAMES, Subject
@@ -69,7 +69,7 @@ def bench_dit(
     layers, dim = len(dit.blocks), dit.config.dim
     density = sum(s.density for s in plan.selections.values()) / layers
     facts = (subject.device, subject.dtype, dit.config.head_dim, plan.block_tokens)
-    report.facts |= {"attention": resolve(attention, *facts), "density": f"{density:.3f}"}
+    report.facts |= {"attention": describe(attention, *facts), "density": f"{density:.3f}"}
     tokens = STEP_LATENTS * subject.grid[0] * subject.grid[1]
     torch.manual_seed(0)
     x = torch.randn(1, tokens, dim).to(subject.device, subject.dtype)

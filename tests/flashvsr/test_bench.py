@@ -1,4 +1,4 @@
-"""Measurements: the right things in the right units, selections as the plans make them, errors in a sentence."""
+"""Measurements: the right things in the right units, selections as plans make them, errors in a sentence."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_clip_is_chosen_as_a_plan_chooses():
     q, k, v = shape.inputs(CPU, torch.float32)
     plan = SparseCausal((10, 8, 8), block=(2, 4, 4), head_dim=16, ratio=2.0, backend="gather")
     plan.attend(0, *(x.transpose(1, 2) for x in (q, k, v)))
-    assert torch.equal(plan.selections[0].mask(), shape.choose(q, k).mask())
+    assert torch.equal(plan.selections[0].mask(), shape.choose(q, k, None, None).mask())
 
 
 def test_the_steady_chunk_of_the_release():
