@@ -25,7 +25,7 @@ from flashvsr.attention.dense import dense_attention
 from flashvsr.attention.layout import Block, check_grid, from_blocks, to_blocks
 from flashvsr.attention.ring import Ring
 from flashvsr.attention.selection import Selection, causal_chunks, pool, select
-from flashvsr.models.rope import cos_sin, grid_angles
+from flashvsr.models.rope import grid_rope
 
 Grid = tuple[int, int, int]
 CHUNK = 2  # latents in a chunk
@@ -59,8 +59,8 @@ class PackedDense:
     def __init__(self, grids: Sequence[Grid], head_dim: int, device: torch.device | str = "cpu"):
         self.grids = list(grids)
         self.sizes = [f * h * w for f, h, w in self.grids]
-        per_segment = [grid_angles(torch.arange(f), h, w, head_dim).flatten(0, 2) for f, h, w in self.grids]
-        self.rope = cos_sin(torch.cat(per_segment), device)
+        ropes = [grid_rope(torch.arange(f), h, w, head_dim, device) for f, h, w in self.grids]
+        self.rope = tuple(torch.cat([x.flatten(0, 2) for x in part]) for part in zip(*ropes, strict=True))
 
     def pack(self, grids: Sequence[Tensor]) -> Tensor:
         return torch.cat([g.flatten(1, 3) for g in grids], 1)
@@ -100,8 +100,8 @@ class _Blocked:
         self.per_chunk = (grid[1] // block[1]) * (grid[2] // block[2])
         self.chunk_tokens = self.per_chunk * self.block_tokens
         frames = torch.arange(first_latent, first_latent + grid[0])
-        order = to_blocks(grid_angles(frames, grid[1], grid[2], head_dim)[None], block)[0]
-        self.rope = cos_sin(order, device)
+        rope = grid_rope(frames, grid[1], grid[2], head_dim, device)
+        self.rope = tuple(to_blocks(x[None], block)[0] for x in rope)
 
     def pack(self, grids: Sequence[Tensor]) -> Tensor:
         (grid,) = grids

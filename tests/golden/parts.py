@@ -10,7 +10,7 @@ import torch
 from flashvsr import flow
 from flashvsr.attention.selection import causal_chunks, local_window
 from flashvsr.models.dit import time_features
-from flashvsr.models.rope import cos_sin, grid_angles, rotate
+from flashvsr.models.rope import grid_rope, rotate
 from flashvsr.streaming import color
 from tests.golden.file import ACTIVATION, SCHEDULE, WEIGHTS, Golden, Row
 
@@ -32,7 +32,7 @@ def check_misc(golden: Golden) -> Iterator[Row]:
         elif m := re.fullmatch(r"(rope\w*)\.y_f(\d+)h(\d+)w(\d+)_heads(\d+)", name):
             f, h, w, heads = (int(m[i]) for i in range(2, 6))
             x = golden[f"{m[1]}.x"].unflatten(-1, (heads, -1))
-            rope = cos_sin(grid_angles(torch.arange(f), h, w, x.shape[-1]).flatten(0, 2), "cpu")
+            rope = tuple(y.flatten(0, 2) for y in grid_rope(torch.arange(f), h, w, x.shape[-1], "cpu"))
             yield golden.compare(name, rotate(x, rope).flatten(-2), ACTIVATION)
         elif m := re.fullmatch(r"time_embed\.y_dim(\d+)", name):
             yield golden.compare(name, time_features(golden["time_embed.t"], int(m[1])), ACTIVATION)
