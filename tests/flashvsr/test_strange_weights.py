@@ -345,7 +345,7 @@ def test_what_may_not_be_read(release):
 
 
 def test_shards_and_other_suffixes(states, release, tmp_path):
-    """Sharded DiTs in either format, and parts under another suffix, are the same model."""
+    """A DiT in shards or in a torch file, and parts under another suffix, are the same model."""
     folder = tmp_path / "FlashVSR-v1.1-again"
     folder.mkdir()
     halves = [dict(list(states["dit"].items())[i::2]) for i in range(2)]
@@ -354,10 +354,12 @@ def test_shards_and_other_suffixes(states, release, tmp_path):
         save_file(half, folder / f"{stem}-{i + 1:05d}-of-00002.safetensors")
     for part in ("lr_projector", "tc_decoder", "vae"):
         save_file(states[part], folder / f"{FILES[part].split('.ckpt')[0].removesuffix('.pth')}.safetensors")
-    model = load(folder)
-    for part in PARTS:
-        got = getattr(model, part).state_dict()
-        assert all(torch.equal(t, got[n]) for n, t in states[part].items())
+    (release / FILES["dit"]).unlink()
+    torch.save(states["dit"], release / f"{stem}.ckpt")
+    for model in (load(folder), load(release)):
+        for part in PARTS:
+            got = getattr(model, part).state_dict()
+            assert all(torch.equal(t, got[n]) for n, t in states[part].items())
     save_file(halves[0], folder / f"{stem}-00002-of-00002.safetensors")
     assert "repeats the tensor" in refusal(folder)
 
