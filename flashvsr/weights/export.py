@@ -1,7 +1,7 @@
 """Gathers a run's finished parts into one folder in the release's layout, and proves that it is the run's.
 
-Files are copied as the stages wrote them; a stage has merged its adapter when it ended. Before the folder appears it is loaded back, and a small output of
-every module is compared with the run's own.
+Files are copied as the stages wrote them; a stage merged its adapter when it ended. Before the folder appears
+it is loaded back, and a small output of every module is compared with the run's own.
 """
 
 from __future__ import annotations
