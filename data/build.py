@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data import sources as finding
-from data import synthetic, workers
+from data import workers
 from data.journal import Journal
 from data.scan import Options
 from data.shards import INDEX, Index, Member, Sample, divide, placed, read_index, write_index, write_shard
@@ -28,7 +28,7 @@ HOLD_OUT = 8  # without --val, every eighth source is held out
 WORK = ".building"
 # What a build or a curation leaves in its folder; anything else there is not ours to replace.
 OURS = re.compile(
-    r"(train|val)-\d{6}\.tar|(index|curated)\.json|scores\.jsonl|(inspect|curate)\.html|\.building"
+    r"(train|val)-\d{6}\.tar|(index|curated)\.json|scores\.jsonl|(inspect|curated)\.html|\.index\.jsonl|\.building"
 )
 
 
@@ -80,6 +80,8 @@ def build(
         files = [[split, str(path), *_stamps(path)] for split, paths in splits.items() for path in paths]
         request = _fingerprint("files", files, asdict(how.options), how.shard_mb)
     else:
+        from data import synthetic  # its draws bring torch
+
         what = (synthetic.VERSION, synthetic_clips, seed, asdict(how.options), how.shard_mb)
         request = _fingerprint("synthetic", *what)
     if (existing := _up_to_date(out, request)) is not None:
@@ -299,7 +301,7 @@ def _install(work: Path, out: Path) -> None:
     for old in out.glob("*.tar"):
         if old.name not in shards:
             old.unlink()
-    for name in ("curated.json", "inspect.html", "curate.html"):
+    for name in ("curated.json", "inspect.html", "curated.html"):
         (out / name).unlink(missing_ok=True)  # about the shards that were; scores name what they are about
     for name in sorted(shards):
         if (work / name).exists():

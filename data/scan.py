@@ -5,6 +5,7 @@ as damaged is refused with a reason, so that a loader never meets it.
 """
 
 import hashlib
+import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -221,19 +222,39 @@ def _pieces(
 
 
 def scan_member(
-    shard: str, kind: str, places: list[tuple[int, int]], options: dict[str, Any], beat: Beat
+    shard: str,
+    kind: str,
+    places: list[tuple[int, int]],
+    facts: tuple[int, int] | None,
+    options: dict[str, Any],
+    beat: Beat,
 ) -> dict[str, Any]:
-    """The same for a member that already lies in a tar, its files at (offset, size): `{frames, fps, height,
-    width, sha256, clips, keyframes}`."""
+    """The same for a member that already lies in a tar, its files at (offset, size) and its JSON, if any, at
+    `facts`: `{frames, fps, height, width, sha256, clips, keyframes}`, and `source` where the JSON has it."""
     wanted = Options(**options)
     with open(shard, "rb") as file:
-        files = [_part(file, offset, size) for offset, size in places]
+        files = [_part(file, *place) for place in places]
+        written = _ours(_part(file, *facts)) if facts else None
+    sha = hashlib.sha256(b"".join(files)).hexdigest()
+    if written is not None:
+        if written["sha256"] != sha:
+            raise UserError("is damaged: its hash is not that of its JSON")
+        return written
     seen = decode(files[0], beat) if kind == "video" else look_at_pictures(files, beat)
     clips = [(0, 1)] if kind == "image" else seen.clips(wanted)
-    facts = {"frames": seen.frames, "fps": seen.fps, "height": seen.height, "width": seen.width}
+    found = {"frames": seen.frames, "fps": seen.fps, "height": seen.height, "width": seen.width}
     keyframes = entries(files[0], seen) if kind == "video" else ()
-    sha = hashlib.sha256(b"".join(files)).hexdigest()
-    return {**facts, "sha256": sha, "clips": clips, "keyframes": keyframes}
+    return {**found, "sha256": sha, "clips": clips, "keyframes": keyframes}
+
+
+def _ours(text: bytes) -> dict[str, Any] | None:
+    """The facts that `data.shards.write_shard` left in a member's JSON; None for JSON of someone else."""
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return None
+    names = ("frames", "fps", "height", "width", "source", "sha256", "clips", "keyframes")
+    return facts if isinstance(facts, dict) and all(name in facts for name in names) else None
 
 
 def _part(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -169,9 +169,9 @@ def full_disk(error: BaseException | None) -> bool:
 
 def _answer(job: dict[str, Any], beat: Beat) -> dict[str, Any]:
     from data.scan import scan, scan_member
+    from data.scores import score
 
-
-    work = {"scan": scan, "scan_member": scan_member}[job.pop("do")]
+    work = {"scan": scan, "scan_member": scan_member, "score": score}[job.pop("do")]
     try:
         return {"result": work(**job, beat=beat)}
     # What libraries raise over damaged files; anything else is a bug of ours and ends the process.
