@@ -34,9 +34,12 @@ def numbered(source: Source, start: int, ahead: bool, keyframes: Keyframes = ())
         if times is not None and len(times) <= start:
             return
         keyframes = keyframes_of(times or (), apart=1)
-    number, time = max((k for k in keyframes if k[0] <= start), default=(0, 0))
-    if number:
+    entry = max((k for k in keyframes if k[0] <= start), default=None)
+    if start and entry is not None:
         with opened(source, ahead) as (container, stream):
+            number, time = entry
+            if number:
+                container.seek(time, stream=stream)
             frames = _entered(container, stream, time, start - number)
             first = next(frames, None)
             if first is not None:
@@ -63,12 +66,14 @@ def frame_times(source: Source, last: int | None = None) -> list[tuple[int, bool
         for packet in container.demux(stream):
             if packet.size == 0:  # the packet that ends the stream
                 continue
-            if packet.pts is None or packet.dts is None or packet.is_corrupt or packet.is_discard:
+            if packet.pts is None or packet.is_corrupt or packet.is_discard:
                 return None
-            if packet.pts < packet.dts or (before is not None and packet.dts <= before):
+            seen.append((packet.pts, packet.is_keyframe))
+            if packet.dts is None and before is None:
+                continue  # Matroska tells no decoding times; FFmpeg finds them after a few packets
+            if packet.dts is None or packet.pts < packet.dts or (before is not None and packet.dts <= before):
                 return None
             before = packet.dts
-            seen.append((packet.pts, packet.is_keyframe))
             # Later packets are shown no earlier than their dts, so none comes before frame `last` any more.
             enough = last is not None and len(seen) > last and len(seen) % 32 == 0
             if enough and sorted(seen)[last][0] < packet.dts:
@@ -94,18 +99,18 @@ def keyframes_of(times: Sequence[tuple[int, bool]], apart: int = 12) -> tuple[tu
 def _entered(container: Any, stream: Any, time: int, skip: int) -> Iterator[Any]:
     """Frames from the `skip`-th after the keyframe shown at `time` on; none when that keyframe does not come.
 
-    Of the frames between, those that no other refers to are not decoded (H.264 marks them).
+    The container stands at the keyframe. Of the frames between, those that no other refers to are not decoded
+    (H.264 marks them).
     """
-    container.seek(time, stream=stream)
     packets = container.demux(stream)
     read, times = [], []
     for packet in packets:  # until it is known when the wanted frame is shown
         read.append(packet)
-        if packet.pts is None or packet.dts is None:  # the end of the stream
+        if packet.pts is None:  # the end of the stream
             break
         # What is shown before the keyframe belongs to the group before it and may be incomplete.
         times += [packet.pts] if packet.pts >= time else []
-        if len(times) > skip and sorted(times)[skip] < packet.dts:
+        if len(times) > skip and packet.dts is not None and sorted(times)[skip] < packet.dts:
             break
     if time not in times or len(times) <= skip:
         return
