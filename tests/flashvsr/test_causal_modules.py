@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from flashvsr.base.cli import UserError
-from flashvsr.config import ProjectorConfig
+from flashvsr.config import ProjectorConfig, TCDecoderConfig, VAEConfig
 from flashvsr.models.lr_projector import LRProjector
+from flashvsr.models.tc_decoder import TCDecoder
+from flashvsr.models.wan_vae import WanVAE
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,88 @@ def test_vae_in_one_call_equals_any_split(double, split):
     assert whole.shape == (1, 16, 5, 2, 3) and frames.shape == video.shape
     assert (torch.cat(latents, 2) - whole).abs().max() < 1e-13
     assert (torch.cat(decoded, 2) - frames).abs().max() < 1e-13
+
+
+# ---- float32 and bfloat16 -------------------------------------------------------------------------------
+
+
+def seeded_module(make, dtype):
+    """With the weights that bfloat16 has, in any dtype; widths at which RMS norms are well conditioned."""
+    torch.manual_seed(0)
+    return make().requires_grad_(False).bfloat16().to(dtype)
+
+
+def seeded_input(*shape, dtype):
+    torch.manual_seed(1)
+    return torch.randn(*shape).bfloat16().to(dtype)
+
+
+def tc_decoder_ways(dtype, split):
+    """The whole clip in one call, and in calls of `split` latents with memory."""
+    decoder = seeded_module(lambda: TCDecoder(TCDecoderConfig((16, 12, 8, 8))), dtype)
+    latent, lr = seeded_input(1, 16, 7, 4, 6, dtype=dtype), seeded_input(1, 3, 25, 32, 48, dtype=dtype)
+    memory, parts, at, frame = None, [], 0, 0
+    for n in split:
+        frames = 4 * n - 3 * (at == 0)
+        y, memory = decoder(latent[:, :, at : at + n], lr[:, :, frame : frame + frames], memory)
+        parts.append(y)
+        at, frame = at + n, frame + frames
+    return decoder(latent, lr)[0], torch.cat(parts, 2)
+
+
+def vae_ways(dtype, split, decode):
+    vae = seeded_module(lambda: WanVAE(VAEConfig(dim=8)), dtype)
+    x = seeded_input(*((1, 16, 7, 3, 4) if decode else (1, 3, 25, 24, 32)), dtype=dtype)
+    half = vae.decode if decode else vae.encode
+    memory, parts, at = None, [], 0
+    for n in split:
+        count = n if decode else 4 * n - 3 * (at == 0)
+        y, memory = half(x[:, :, at : at + count], memory)
+        parts.append(y)
+        at += count
+    return half(x)[0], torch.cat(parts, 2)
+
+
+def projector_ways(dtype, split, mode):
+    projector = seeded_module(lambda: LRProjector(ProjectorConfig(16, 16, 12, mode=mode)), dtype)
+    video = seeded_input(1, 3, 29, 32, 48, dtype=dtype)
+    memory, parts, at = None, [], 0
+    for n in split:
+        frames = 4 * n + (at == 0)
+        (y,), memory = projector(video[:, :, at : at + frames], memory)
+        parts.append(y)
+        at += frames
+    return projector(video)[0][0], torch.cat(parts, 1)
+
+
+WAYS = {
+    "tc decoder": tc_decoder_ways,
+    "vae decode": lambda *args: vae_ways(*args, True),
+    "vae encode": lambda *args: vae_ways(*args, False),
+    "projector causal": lambda *args: projector_ways(*args, "causal"),
+    "projector buffer": lambda *args: projector_ways(*args, "buffer"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_whole_equals_streaming_in_float32(name):
+    for split in ([1] * 7, [2, 2, 3], [6, 1]):
+        whole, streamed = WAYS[name](torch.float32, split)
+        error = (whole - streamed).abs().max().item()
+        print(f"\n{name} {split}: {error:.1e}")
+        assert whole.shape == streamed.shape and error < 1e-5 and whole.std() > 1e-2
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_whole_and_streaming_in_bfloat16_differ_less_than_either_drifts(name):
+    """Rule: their root mean square difference is at most what the farther of the two is away from float64
+    arithmetic on the same bfloat16 weights and inputs."""
+    whole, streamed = (y.double() for y in WAYS[name](torch.bfloat16, [2, 2, 3]))
+    exact, _ = WAYS[name](torch.float64, [7])
+    drift = max((y - exact).square().mean().sqrt().item() for y in (whole, streamed))
+    apart = (whole - streamed).square().mean().sqrt().item()
+    print(f"\n{name}: apart {apart:.1e}, drift {drift:.1e} of {exact.std():.2f}")
+    assert 0 < drift < 0.1 * exact.std() and apart <= drift
 
 
 def test_vae_checkpointing_gives_the_same_gradient(micro_model):
