@@ -1,5 +1,7 @@
 """N frames in, N frames out, the same bits however they are pushed; whole clips against the stream."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,15 +117,144 @@ def test_more_steps_are_other_frames_and_seeds_matter(micro_model):
 
 
 def test_noise_may_be_injected(micro_model):
+    """As a function of the latent's index, or as a mapping from it."""
     frames, asked = video(9), []
 
-    def zeros(index, shape):
+    def drawn(index, shape):
         asked.append((index, shape))
-        return torch.zeros(shape)
+        return torch.full(shape, 0.1 * index)
 
-    out = in_pieces(StreamingUpscaler(micro_model(), scale=SCALE, noise=zeros), frames, [9])
+    out = in_pieces(StreamingUpscaler(micro_model(), scale=SCALE, noise=drawn), frames, [9])
     assert asked == [(i, (16, 2, 6)) for i in range(4)]
     assert (out != in_pieces(StreamingUpscaler(micro_model(), scale=SCALE), frames, [9])).any()
+    mapping = {i: torch.full((16, 2, 6), 0.1 * i) for i in range(4)}
+    upscaler = StreamingUpscaler(micro_model(), scale=SCALE, noise=mapping)
+    assert (in_pieces(upscaler, frames, [4, 5]) == out).all()
+    clip = ClipUpscaler(micro_model("sparse"), scale=SCALE, steps=1, noise=mapping)
+    assert len(in_pieces(clip, frames, [9])) == 9
+
+
+@pytest.mark.parametrize(
+    "noise,sentence",
+    [
+        ({}, "the given noise has nothing for latent 0"),
+        ({i: torch.zeros(16, 2, 6) for i in range(3)}, "nothing for latent 3; give each a tensor (16, 2, 6)"),
+        (lambda i, shape: torch.zeros(16, 2, 5), "noise of latent 0 is (16, 2, 5) instead of (16, 2, 6)"),
+    ],
+)
+def test_noise_that_does_not_fit(micro_model, noise, sentence):
+    upscaler = StreamingUpscaler(micro_model(), scale=SCALE, noise=noise)
+    upscaler.push(video(9))
+    with pytest.raises(UserError) as error:
+        upscaler.flush()
+    assert sentence in str(error.value)
+
+
+def new_stream(model, **settings):
+    return Stream(
+        model.denoiser(), model.tc_decoder, StreamSettings(area=16 * 32, **settings), seeded_noise(0)
+    )
+
+
+def lr_frames(frames, height=16, width=32):
+    return to_signed(torch.from_numpy(video(frames, height, width)).permute(3, 0, 1, 2))[None]
+
+
+@pytest.mark.parametrize("n", range(1, 61))
+def test_the_wrapper_is_the_core_with_the_last_frame_repeated(micro_model, n):
+    """Core: F = 8m+1 in, F-4 out. Wrapper: N in, N out, however they are pushed."""
+    model = micro_model()
+    padded = max(9, -(-(n + 3) // 8) * 8 + 1)
+    lr = lr_frames(n)
+    lr = torch.cat([lr, lr[:, :, -1:].expand(-1, -1, padded - n, -1, -1)], 2)
+    core = new_stream(model).run(lr)
+    assert core.shape == (1, 3, padded - 4, 16, 32) and padded - 4 - n in range(8)
+    expected = to_uint8(core[0, :, :n]).permute(1, 2, 3, 0).numpy()
+    frames = video(n, 16, 32)
+    upscaler = StreamingUpscaler(replace_area(model, 16 * 32), scale=1)
+    assert (in_pieces(upscaler, frames, splits(n)[n % 3]) == expected).all()
+
+
+def replace_area(model, area):
+    model.info = replace(model.info, area=area)
+    return model
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8, 12, 24])
+def test_the_core_takes_8n_plus_1_frames(micro_model, frames):
+    with pytest.raises(UserError, match=f"takes 8n\\+1 LR frames from 9 on, got {frames}"):
+        new_stream(micro_model()).run(lr_frames(frames))
+
+
+def tensors_in(value):
+    """Every tensor reachable through attributes and containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
+        yield from tensors_in(vars(value))
+
+
+def state_bytes(stream):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(stream)}
+    return sum(storages.values()), len(storages), len(stream.ring.chunks)
+
+
+@pytest.mark.parametrize("decoder,chunks", [("tc", 200), ("vae", 50)])
+def test_nothing_grows_with_time(micro_model, decoder, chunks):
+    """The state of the stream, storages behind views included, stays as it is after the fourth chunk."""
+    model = micro_model()
+    stream = new_stream(model)
+    stream.decoder = model.tc_decoder if decoder == "tc" else model.vae
+    lr = lr_frames(33, 16, 16)
+    stream.step(lr[:, :, :25])
+    ring = stream.ring.keys.data_ptr(), stream.ring.values.data_ptr()
+    seen = []
+    for _ in range(chunks):
+        stream.step(lr[:, :, 25:])
+        seen.append(state_bytes(stream))
+    assert set(seen[3:]) == {seen[3]} and seen[3][0] > 1000
+    assert (stream.ring.keys.data_ptr(), stream.ring.values.data_ptr()) == ring, (
+        "the ring is never reallocated"
+    )
+    assert stream.next_latent == 6 + 2 * chunks
+
+
+def test_a_stream_may_begin_anywhere(micro_model):
+    """From LR frames to SR frames, a stream at latent 1,000,000 gives what one at 20 gives."""
+    runs = []
+    for first in (20, 1_000_000):
+        stream = new_stream(micro_model(), color_fix="none", sparse_ratio=None)
+        stream.noise = lambda i, shape, first=first: seeded_noise(0)(i - first, shape)
+        stream.next_latent = first
+        runs.append(stream.run(lr_frames(41)))
+    error = (runs[0] - runs[1]).abs().max().item()
+    print(f"\nlatent 1,000,000 against 20, frames: {error:.1e}")
+    assert error < 1e-5 and runs[0].std() > 0.01
+
+
+def test_the_prompts_keys_are_computed_once(micro_model):
+    """Not in any call: when the model is made ready."""
+    model = micro_model()
+    seen = []
+    attentions = [block.cross_attn for block in model.dit.blocks]
+    handles = [
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        for layer in [model.dit.text_embedding, *(p for a in attentions for p in (a.k, a.v, a.norm_k))]
+    ]
+    upscaler = StreamingUpscaler(model, scale=1)
+    ready = len(seen)
+    upscaler.push(video(41, 16, 16))
+    upscaler.flush()
+    upscaler.push(video(3, 16, 16))
+    upscaler.flush()
+    for handle in handles:
+        handle.remove()
+    assert ready == len(handles) and len(seen) == ready
 
 
 def test_bfloat16_weights_are_close_to_float32(micro_model, tmp_path):
