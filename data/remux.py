@@ -14,7 +14,7 @@ SAME = (".mp4", ".m4v", ".mov")
 
 def split(source: Path, folder: Path, stem: str, most_bytes: int, beat: Beat) -> list[tuple[int, Path]]:
     """Writes the video's packets to files `STEM-NNNN` of about `most_bytes` in `folder`; returns (first
-    frame, file) of each. The same source gives the same bytes.
+    frame, file) of each, nothing where it cannot be cut. The same source gives the same bytes.
 
     Cut only where nothing on one side of the cut refers to the other: at keyframes that all frames before
     them in the stream precede in time, and all after them follow. Needs a source whose packets have ordered
@@ -23,6 +23,8 @@ def split(source: Path, folder: Path, stem: str, most_bytes: int, beat: Beat) ->
     with opened(source) as (container, stream):
         packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.size]
     starts = _starts(packets, most_bytes)
+    if len(starts) == 1:
+        return []
     suffix = source.suffix.lower() if source.suffix.lower() in SAME else ".mkv"
     ordered = sorted(pts for pts, _, _ in packets)
     firsts = [ordered.index(packets[start][0]) for start in starts]

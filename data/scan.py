@@ -49,6 +49,7 @@ class Seen:
     height: int  # upright
     width: int
     fps: float
+    shown: tuple[Any, ...] = ()  # how decoded pictures become upright RGB: size, rotation, format, colours
     frames: int = 0
     times: list[int | None] = field(default_factory=list)  # time stamps of the frames
     marks: list[int] = field(default_factory=list)  # a checksum of every frame's small grey picture
@@ -57,7 +58,7 @@ class Seen:
     def add(self, grey: np.ndarray, time: int | None) -> None:
         self.frames += 1
         self.times.append(time)
-        self.marks.append(zlib.crc32(np.ascontiguousarray(grey)))
+        self.marks.append(_mark(grey))
         self.detector.push(grey)
 
     def clips(self, options: Options, edges: tuple[int, ...] = ()) -> list[tuple[int, int]]:
@@ -71,12 +72,27 @@ class Seen:
         return clips
 
 
+def _mark(grey: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(grey))
+
+
+class _Grey:
+    """Decoded frames to small grey pictures, uint8 `SIZE`."""
+
+    def __init__(self) -> None:
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self.reformatter = VideoReformatter()
+        self.flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        how = {"interpolation": self.flags, "threads": 1}
+        return self.reformatter.reformat(frame, SIZE[1], SIZE[0], "gray", **how).to_ndarray()
+
+
 def decode(source: Source, beat: Beat) -> Seen:
     """Decodes all of a video. Raises UserError where it is damaged."""
-    from av.video.reformatter import Interpolation, VideoReformatter
-
-    flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-    reformatter, seen, shape = VideoReformatter(), None, None
+    grey, seen, shape = _Grey(), None, None
     with opened(source) as (container, stream):
         stream.codec_context.thread_count = 1  # the other cores have files of their own
         for frame in container.decode(stream):
@@ -85,13 +101,14 @@ def decode(source: Source, beat: Beat) -> Seen:
                 height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
                 rate = stream.average_rate or stream.guessed_rate or STILL_FPS
                 seen, shape = Seen(height, width, round(float(rate), 6)), (frame.height, frame.width)
+                colours = (frame.format.name, int(frame.colorspace), int(frame.color_range))
+                seen.shown = (*shape, frame.rotation, *colours)
             if (frame.height, frame.width) != shape:
                 now = f"{frame.width}x{frame.height} at frame {seen.frames}"
                 raise UserError(f"changes from {shape[1]}x{shape[0]} to {now}")
             if frame.is_corrupt:
                 raise UserError(f"has a damaged picture at frame {seen.frames}")
-            grey = reformatter.reformat(frame, SIZE[1], SIZE[0], "gray", interpolation=flags, threads=1)
-            seen.add(grey.to_ndarray(), frame.pts)
+            seen.add(grey(frame), frame.pts)
             beat()
     if seen is None:
         raise UserError("holds no frame that can be decoded")
@@ -112,16 +129,8 @@ def entries(source: Source, seen: Seen) -> tuple[tuple[int, int], ...]:
         return keyframes
     middle = keyframes[len(keyframes) // 2]
     number, frame = next(numbered(source, middle[0], False, keyframes))
-    same = number == middle[0] and zlib.crc32(_grey(frame)) == seen.marks[number]
+    same = number == middle[0] and _mark(_Grey()(frame)) == seen.marks[number]
     return keyframes if same else ()
-
-
-def _grey(frame: Any) -> np.ndarray:
-    from av.video.reformatter import Interpolation, VideoReformatter
-
-    flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-    small = VideoReformatter().reformat(frame, SIZE[1], SIZE[0], "gray", interpolation=flags, threads=1)
-    return np.ascontiguousarray(small.to_ndarray())
 
 
 def look_at_pictures(pictures: Iterable[Source], beat: Beat) -> Seen:
@@ -207,12 +216,13 @@ def _pieces(
     members, at = [], 0
     for first, file in pieces:
         part = decode(file, beat)
-        if first != at or part.marks != seen.marks[first : first + part.frames]:
+        same = part.marks == seen.marks[first : first + part.frames] and part.shown == seen.shown
+        if first != at or not same:
             break
         at += part.frames
         inside = [(a - first, n) for a, n in seen.clips(options, edges) if first <= a < at]
         if inside:
-            part.height, part.width, part.fps = seen.height, seen.width, seen.fps
+            part.fps = seen.fps
             members.append(_made(file, part, tuple(inside), beat))
     if at == seen.frames:
         return members

@@ -21,6 +21,7 @@ from flashvsr.base.cli import UserError
 
 Beat = Callable[[], None]
 SECONDS_PER_BEAT = 0.5
+JOBS_PER_PROCESS = 1000  # then a new one takes over: what decoders leak does not add up
 
 
 def count(wanted: int | None) -> int:
@@ -61,17 +62,18 @@ class Pool:
             if busy == self.workers:
                 break
         while busy:
-            for worker, answer in self._answers():
+            for name, answer in self._answers():
                 if "full" in answer:
-                    raise UserError(answer["full"])
+                    raise UserError(answer["full"]) from OSError(errno.ENOSPC, "no space left")
                 busy -= 1
-                name = worker.name
                 following = next(waiting, None)
                 if following is not None:
                     busy += self._start(following)
                 yield name, answer
 
     def _start(self, job: tuple[str, dict[str, Any]]) -> int:
+        if self._idle and self._idle[-1].jobs >= JOBS_PER_PROCESS:
+            self._dismiss(self._idle.pop())
         if not self._idle:
             worker = _Worker()
             self._all.append(worker)
@@ -80,23 +82,28 @@ class Pool:
         self._idle.pop().give(*job)
         return 1
 
-    def _answers(self) -> Iterator[tuple["_Worker", dict[str, Any]]]:
+    def _dismiss(self, worker: "_Worker") -> None:
+        self._selector.unregister(worker.process.stdout)
+        self._all.remove(worker)
+        worker.end()
+
+    def _answers(self) -> Iterator[tuple[str, dict[str, Any]]]:
         ready = {key.data for key, _ in self._selector.select(timeout=min(1.0, self.silence / 4))}
         for worker in [w for w in self._all if w.name is not None]:
             answers = worker.read() if worker in ready else []
-            if worker.dead:
+            if not answers and worker.dead:
                 answers.append({"failed": worker.epitaph()})
-            elif not answers and time.monotonic() - worker.heard > self.silence:
+            elif not answers and worker.awake and time.monotonic() - worker.heard > self.silence:
                 answers.append({"failed": f"gave no frame for {self.silence:g} seconds"})
                 worker.dead = True
-            for answer in answers:
-                if worker.dead:
-                    self._selector.unregister(worker.process.stdout)
-                    self._all.remove(worker)
-                    worker.end()
-                else:
-                    self._idle.append(worker)
-                yield worker, answer
+            if not answers:
+                continue
+            name, worker.name = worker.name, None
+            if worker.dead:
+                self._dismiss(worker)
+            else:
+                self._idle.append(worker)
+            yield name, answers[0]
 
 
 class _Worker:
@@ -114,13 +121,15 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path},
         )
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.name: str | None = None
+        self.name: str | None = None  # of its job
+        self.jobs = 0
+        self.awake = False  # whether it has said anything: importing may take long on a busy machine
         self.heard = time.monotonic()
         self.dead = False
         self._rest = b""
 
     def give(self, name: str, job: dict[str, Any]) -> None:
-        self.name, self.heard = name, time.monotonic()
+        self.name, self.heard, self.jobs = name, time.monotonic(), self.jobs + 1
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
@@ -131,7 +140,7 @@ class _Worker:
         """Results that came (at most one); beats only count as a sign of life."""
         answers = []
         while chunk := self._chunk():
-            self.heard = time.monotonic()
+            self.heard, self.awake = time.monotonic(), True
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             answers += [answer for line in lines if (answer := json.loads(line))]
         return answers
@@ -167,13 +176,16 @@ def full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _answer(job: dict[str, Any], beat: Beat) -> dict[str, Any]:
+def _jobs() -> dict[str, Callable[..., Any]]:
     from data.scan import scan, scan_member
     from data.scores import score
 
-    work = {"scan": scan, "scan_member": scan_member, "score": score}[job.pop("do")]
+    return {"scan": scan, "scan_member": scan_member, "score": score}
+
+
+def _answer(work: Callable[..., Any], arguments: dict[str, Any], beat: Beat) -> dict[str, Any]:
     try:
-        return {"result": work(**job, beat=beat)}
+        return {"result": work(**arguments, beat=beat)}
     # What libraries raise over damaged files; anything else is a bug of ours and ends the process.
     except (UserError, OSError, ValueError, OverflowError, MemoryError, EOFError) as error:
         text = str(error).strip() or type(error).__name__
@@ -184,7 +196,7 @@ def main() -> None:
     # Whatever a library prints must not mix with the answers.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    last = 0.0
+    jobs, last = _jobs(), 0.0
 
     def beat() -> None:
         nonlocal last
@@ -192,8 +204,10 @@ def main() -> None:
             last = time.monotonic()
             print("null", file=out, flush=True)
 
+    beat()
     for line in sys.stdin:
-        print(json.dumps(_answer(json.loads(line), beat)), file=out, flush=True)
+        job = json.loads(line)
+        print(json.dumps(_answer(jobs[job.pop("do")], job, beat)), file=out, flush=True)
 
 
 if __name__ == "__main__":
