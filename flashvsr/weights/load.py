@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flashvsr.base.cli import UserError
 from flashvsr.base.files import sha256
@@ -232,8 +233,18 @@ def _check_fit(path: Path, made: Mapping[str, object]) -> None:
 # ---- modules --------------------------------------------------------------------------------------------
 
 
+class _NoDraws(TorchFunctionMode):
+    """Keeps drawn initial values (a few kilobytes) off the meta device, where torch would first import its
+    symbolic shapes for seconds: longer than loading the weights takes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn:
+            return torch.zeros(*args, device="cpu")
+        return func(*args, **(kwargs or {}))
+
+
 def _empty(part: str, config: ModelConfig) -> nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         return MODULES[part](getattr(config, part))
 
 
