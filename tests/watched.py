@@ -38,20 +38,29 @@ class Choice:
         return (self.p - threshold).abs() / threshold
 
     @property
+    def _edge(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat positions of the k-th and the (k+1)-th largest, and the relative gap: each `B heads 1`."""
+        fall = self.p.flatten(-2).sort(-1, descending=True)
+        last, first = (fall.values[..., i, None] for i in (self.kept - 1, self.kept))
+        at_last, at_first = (fall.indices[..., i, None] for i in (self.kept - 1, self.kept))
+        return at_last, at_first, (last - first) / first
+
+    @property
     def margin(self) -> float:
-        """The relative gap between the last pair kept and the first one dropped."""
-        return self.distance.masked_fill(~self.mask, torch.inf).min().item()
+        """The smallest gap of any head; infinite when all stay."""
+        if self.kept is None or self.kept >= self.p[0, 0].numel():
+            return torch.inf
+        return self._edge[2].min().item()
 
     def alternatives(self) -> list[Tensor]:
-        """Other masks that rounding may give when the margin is a tie: the last pair kept for the first one
-        dropped, and neither."""
-        fall = self.p.flatten(-2).argsort(-1, descending=True)
-        last, first = fall[..., self.kept - 1, None], fall[..., self.kept, None]
-        tied = self.distance.flatten(-2).gather(-1, last) <= TIE
-        neither = self.mask.flatten(-2).clone()
-        neither.scatter_(-1, last, neither.gather(-1, last) & ~tied)
-        swapped = neither.scatter(-1, first, tied)
-        return [m.unflatten(-1, self.mask.shape[-2:]) for m in (swapped, neither)]
+        """What rounding may make of heads whose gap is a tie: either pair at the edge stays, or neither."""
+        last, first, gap = self._edge
+        tied = gap <= TIE
+        base = self.mask.flatten(-2)
+        for at in (last, first):
+            base = base.scatter(-1, at, base.gather(-1, at) & ~tied)
+        kept = [base, *(base.scatter(-1, at, base.gather(-1, at) | tied) for at in (last, first))]
+        return [mask.unflatten(-1, self.mask.shape[-2:]) for mask in kept]
 
 
 @dataclass(frozen=True)
