@@ -269,7 +269,7 @@ def test_doctor_sees_a_wrong_backend(monkeypatch, capsys):
 def test_help_and_unknown_commands(capsys):
     assert main([]) == 2 and main(["--help"]) == 0
     assert capsys.readouterr().out.count("upscale") >= 2
-    for command in ("upscale", "export", "doctor"):
+    for command in ("upscale", "export", "convert", "prompt", "doctor"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0 and f"python -m flashvsr {command}" in capsys.readouterr().out
