@@ -20,12 +20,12 @@ from flashvsr.streaming.frames import (
     Canvas,
     Frames,
     Output,
+    attention_in_use,
     check_frames,
     choose_decoder,
     model_device,
     no_frames,
     pad_time,
-    resolve_attention,
     resolve_ratio,
 )
 from flashvsr.streaming.stream import (
@@ -78,7 +78,8 @@ class ClipUpscaler:
             Output, {"scale": scale, "decoder": decoder, "color_fix": color_fix, "seed": seed}
         )
         self.sparse_ratio = resolve_ratio(model, sparse_ratio)
-        self.attention = resolve_attention(model, attention) if self.sparse else "dense"
+        self.attention = attention
+        self.attention_in_use = attention_in_use(model, attention) if self.sparse else "dense"
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)
@@ -92,7 +93,7 @@ class ClipUpscaler:
         chosen = {
             "method": f"{self.model.info.kind}, whole clip, {self.steps} steps",
             "decoder": self.decoder_name,
-            "attention": self.attention,
+            "attention": self.attention_in_use,
             "precision": str(dtype_of(self.denoiser)).removeprefix("torch."),
             "lr_projector": self.model.info.projector_mode,
             "color_fix": self.output.color_fix,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashvsr.attention.backends import resolve
+from flashvsr.attention.backends import describe
 from flashvsr.base.cli import UserError
 from flashvsr.base.resize import bicubic_8bit, to_signed, to_uint8
 from flashvsr.models.tc_decoder import TCDecoder
@@ -52,10 +52,10 @@ def resolve_ratio(model: FlashVSR, sparse_ratio: float | Literal["auto"] | None)
     return sparse_ratio
 
 
-def resolve_attention(model: FlashVSR, attention: str) -> str:
-    """The name of the attention backend this model runs with here; UserError where it cannot."""
+def attention_in_use(model: FlashVSR, attention: str) -> str:
+    """Which attention backend this model runs with here, in words; UserError where it cannot."""
     config, weight = model.dit.config, model.dit.patch_embedding.weight
-    return resolve(attention, weight.device, weight.dtype, config.head_dim, math.prod(config.block))
+    return describe(attention, weight.device, weight.dtype, config.head_dim, math.prod(config.block))
 
 
 def check_frames(frames: Frames) -> Tensor:

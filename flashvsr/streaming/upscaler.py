@@ -19,12 +19,12 @@ from flashvsr.streaming.frames import (
     Canvas,
     Frames,
     Output,
+    attention_in_use,
     check_frames,
     choose_decoder,
     model_device,
     no_frames,
     pad_time,
-    resolve_attention,
     resolve_ratio,
 )
 from flashvsr.streaming.stream import (
@@ -93,9 +93,10 @@ class StreamingUpscaler:
                 "kv_chunks": kv_chunks,
                 "local_range": local_range,
                 "color_fix": color_fix,
-                "attention": resolve_attention(model, attention),
+                "attention": attention,
             },
         )
+        self.attention = attention_in_use(model, attention)
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)
@@ -111,7 +112,7 @@ class StreamingUpscaler:
         return {
             "method": "one-step, streaming",
             "decoder": self.decoder_name,
-            "attention": s.attention,
+            "attention": self.attention,
             "precision": str(dtype_of(self.denoiser)).removeprefix("torch."),
             "lr_projector": self.model.info.projector_mode,
             "sparse_ratio": s.sparse_ratio,

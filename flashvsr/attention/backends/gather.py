@@ -26,7 +26,7 @@ from flashvsr.models.norm import widen
 
 SCRATCH = 64 * 2**20  # the most this takes beside inputs, outputs and gradients
 TILE_PER_THREAD = 2**20  # bytes of scores in a tile, per CPU thread: they should stay in its cache
-PADDING = 2e7  # multiplications a group may waste on padding; less than starting another one costs
+PADDING = 5e6  # multiplications a group may waste on padding; less than starting another one costs
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str | None:
