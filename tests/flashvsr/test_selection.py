@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from flashvsr.attention import Selection, sparse_attention
+from flashvsr.attention.plans import CachedStreaming, SparseCausal
+from flashvsr.attention.ring import Ring
 from flashvsr.attention.selection import budget, causal_chunks, choose, local_window, pool, select
 
 
@@ -135,3 +138,68 @@ def test_pool_is_the_mean_in_float32():
     pooled = pool(x, 4)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, torch.tensor([[[[3.0, 4.0], [11.0, 12.0]]]]))
+
+
+def test_exact_ties_at_the_threshold_are_all_dropped():
+    """Only what is above the (k+1)-th largest stays: of equal pairs none, though the budget has room."""
+    s = 4
+    q, k = torch.zeros(1, 1, s, 2), torch.zeros(1, 1, s, 2)
+    q[0, 0, :, 0] = torch.tensor([4.0, 1.0, 1.0, 1.0])
+    k[0, 0, :, 0] = torch.tensor([3.0, 1.0, 1.0, 1.0])
+    # P: row 0 nearly all on key 0; rows 1 to 3 alike, each with three equal keys
+    for ratio, kept in [(3 / 16, 1), (5 / 16, 4), (10 / 16, 4), (1.0, 13)]:
+        mask = choose(q, k, per_chunk=s, ratio=ratio)[0, 0]
+        assert mask.tolist() == literal_choice(q[0, 0].tolist(), k[0, 0].tolist(), s, ratio, None)
+        assert mask.sum() == kept
+
+
+@pytest.mark.parametrize("ratio", [0.4, None])
+@pytest.mark.parametrize("window", [None, 3])
+def test_chunks_chosen_together_equal_chunks_chosen_alone(ratio, window):
+    """The first three share their keys, later ones see equally many: one product for each of the two runs."""
+    rows, columns, heads, d = 2, 3, 2, 8
+    s, chunks = rows * columns, 7
+    torch.manual_seed(5)
+    q, k = (torch.randn(2, heads, s * chunks, d, dtype=torch.float64) for _ in range(2))
+    local = None if window is None else local_window(rows, columns, window)
+    visible = [row.nonzero().flatten().tolist() for row in causal_chunks(chunks, 4)]
+    by_chunk = k.unflatten(2, (chunks, s))
+    selection = select(
+        q,
+        lambda seen: by_chunk[:, :, list(seen)].flatten(2, 3),
+        visible,
+        [c * s for c in range(chunks)],
+        key_blocks=chunks * s,
+        per_chunk=s,
+        block_tokens=4,
+        ratio=ratio,
+        local=local,
+    )
+    whole = selection.mask().unflatten(3, (chunks, s))
+    for i, seen in enumerate(visible):
+        mine = whole[:, :, i * s : (i + 1) * s]
+        keys = by_chunk[:, :, seen].flatten(2, 3)
+        alone = choose(q[:, :, i * s : (i + 1) * s], keys, per_chunk=s, ratio=ratio, local=local)
+        assert torch.equal(mine[:, :, :, seen].flatten(3), alone)
+        assert mine.sum() == alone.sum(), "nothing outside what it sees"
+    assert selection.density <= selection.most
+    if ratio is None:
+        assert selection.density == selection.most
+
+
+def test_a_selection_put_into_a_plan_is_used():
+    """Both sparse plans read a layer's selection before they choose one."""
+    block, rows, columns, heads, d = (2, 2, 2), 4, 4, 2, 12
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2 * rows * columns, heads, d) for _ in range(3))
+    given = Selection.from_mask(torch.rand(1, heads, 4, 4) < 0.5, 8)
+    clip = SparseCausal((2, rows, columns), block=block, head_dim=d, ratio=0.4)
+    stream = CachedStreaming((2, rows, columns), 0, Ring(2, 1, 32, 4), block=block, head_dim=d, ratio=0.4)
+    inside = torch.zeros(1, heads, 4, 12, dtype=torch.bool)  # the ring has room for three chunks
+    inside[..., :4] = given.mask()
+    clip.selections[0], stream.selections[0] = given, Selection.from_mask(inside, 8)
+    args = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = sparse_attention(*args, given, backend="reference").transpose(1, 2)
+    for plan in (clip, stream):
+        assert (plan.attend(0, q, k, v) - expected).abs().max() < 1e-6
+    assert torch.equal(stream.ring.keys[0][:, :, :32], args[1]), "keys are written all the same"
