@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Edit = Callable[[int, int, Tensor], Tensor]  # call, layer, mask -> the mask to go on with
 CHUNK, SIDE = 2, 8  # latents in a chunk; tokens along a side of a block
 BLOCK = CHUNK * SIDE * SIDE
 
@@ -131,10 +133,12 @@ def choose(q: Tensor, k: Tensor, local: Tensor, ratio: float) -> tuple[Tensor, f
 
 
 class StreamingDiT:
-    """Calls in order: the first of three chunks, then of one. `masks` and `nearest` are the last call's."""
+    """Calls in order: the first of three chunks, then of one. `masks` and `nearest` are the last call's;
+    `edit` may change a mask (`B heads Q K`) before it is used."""
 
-    def __init__(self, weights: Weights, context: Tensor, settings: Settings):
-        self.w, self.settings = weights, settings
+    def __init__(self, weights: Weights, context: Tensor, settings: Settings, edit: Edit | None = None):
+        self.w, self.settings, self.edit = weights, settings, edit
+        self.calls = 0
         self.layers = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("blocks."))
         text = gelu_tanh(linear(weights, "text_embedding.0", context))
         self.context = linear(weights, "text_embedding.2", text)
@@ -168,6 +172,7 @@ class StreamingDiT:
                 x = x + features[layer][:, order]
             x = self._block(layer, x, e6, by, grid)
         self.next_latent += f
+        self.calls += 1
         self._forget()
         shift, scale = ((w["head.modulation"] + e[:, None])[:, i : i + 1] for i in range(2))
         y = linear(w, "head.head", plain_norm(x, eps) * (1 + scale) + shift)
@@ -210,6 +215,8 @@ class StreamingDiT:
             self.nearest = min(self.nearest, nearest)
             rows.append(mask)
         mask = torch.cat(rows, 2)
+        if self.edit is not None:
+            mask = self.edit(self.calls, layer, mask)
         self.masks.append(mask)
         tokens = mask.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
         return self._softmax(q, self.heads(keys), self.heads(values), tokens)

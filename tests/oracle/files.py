@@ -66,23 +66,25 @@ def dit_settings(meta: Meta) -> dit.Settings:
     )
 
 
-def recompute(tensors: Tensors, meta: Meta, dtype: torch.dtype = torch.float64) -> tuple[Tensors, float]:
+def recompute(
+    tensors: Tensors, meta: Meta, dtype: torch.dtype = torch.float64, edit: dit.Edit | None = None
+) -> tuple[Tensors, float]:
     """All outputs that a file of this kind can hold, and how near its threshold the nearest pair of the
-    selection came (relative; infinite without selection)."""
+    selection came (relative; infinite without selection). `edit` changes masks of the DiT before use."""
     kind = kind_of(tensors)
     assert kind is not None, sorted(tensors)[:3]
     with torch.no_grad():
-        return {
-            "dit_stream": _dit_stream,
-            "lr_proj": _projector,
-            "tc_decoder": _tc_decoder,
-            "wan_vae": _vae,
-            "pipeline": _pipeline,
-        }[kind](tensors, meta, dtype)
+        if kind in ("dit_stream", "pipeline"):
+            settings, context = dit_settings(meta), tensors["context"].to(dtype)
+            stream = dit.StreamingDiT(under(tensors, "dit.", dtype), context, settings, edit)
+            return (_dit_stream if kind == "dit_stream" else _pipeline)(tensors, meta, dtype, stream)
+        make = {"lr_proj": _projector, "tc_decoder": _tc_decoder, "wan_vae": _vae}[kind]
+        return make(tensors, meta, dtype), math.inf
 
 
-def _dit_stream(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors, float]:
-    stream = dit.StreamingDiT(under(tensors, "dit.", dtype), tensors["context"].to(dtype), dit_settings(meta))
+def _dit_stream(
+    tensors: Tensors, meta: Meta, dtype: torch.dtype, stream: dit.StreamingDiT
+) -> tuple[Tensors, float]:
     out, nearest = {}, math.inf
     chunks = sorted(int(m[1]) for n in tensors if (m := re.fullmatch(r"chunk(\d+)\.x", n)))
     for c in chunks:
@@ -99,32 +101,34 @@ def _dit_stream(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tenso
     return out, nearest
 
 
-def _projector(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors, float]:
+def _projector(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> Tensors:
     projector = parts.Projector(under(tensors, "lr_proj.", dtype), meta["variant"])
     layers = projector.clip(tensors["video"].to(dtype))
-    return {f"{how}.layer{i}": y for i, y in enumerate(layers) for how in ("full", "stream")}, math.inf
+    return {f"{how}.layer{i}": y for i, y in enumerate(layers) for how in ("full", "stream")}
 
 
-def _tc_decoder(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors, float]:
+def _tc_decoder(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> Tensors:
     decoder, out, c = parts.TCDecoder(under(tensors, "tc_decoder.", dtype)), {}, 0
     while f"chunk{c}.latent_NTCHW" in tensors:
         latent = tensors[f"chunk{c}.latent_NTCHW"].to(dtype).transpose(1, 2)
         rgb = decoder.call(latent, tensors[f"chunk{c}.cond_BCFHW"].to(dtype))
         out[f"chunk{c}.rgb_NTCHW"] = rgb.transpose(1, 2)
         c += 1
-    return out, math.inf
+    return out
 
 
-def _vae(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors, float]:
+def _vae(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> Tensors:
     model, out = vae.VAE(under(tensors, "vae.", dtype)), {}
     if "video" in tensors:
         out["latent"] = model.encode(tensors["video"].to(dtype))
     latent = tensors["latent"].to(dtype) if "latent" in tensors else out["latent"]
     out["decoded"] = model.decode(latent)
-    return out, math.inf
+    return out
 
 
-def _pipeline(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors, float]:
+def _pipeline(
+    tensors: Tensors, meta: Meta, dtype: torch.dtype, stream: dit.StreamingDiT
+) -> tuple[Tensors, float]:
     """Projector, DiT, decoder, colours: all frames, `frames` being the chosen ones `C F H W`."""
     side = int(meta.get("expand", 1))  # of the cut files: every pixel stands for a square
     lr = tensors["lq_uint8_CFHW"].repeat_interleave(side, 2).repeat_interleave(side, 3)
@@ -134,7 +138,6 @@ def _pipeline(tensors: Tensors, meta: Meta, dtype: torch.dtype) -> tuple[Tensors
     variant = meta.get("lr_variant", "causal")
     layers = parts.Projector(under(tensors, "lr_proj.", dtype), variant).clip(lr)
     layers = [y.reshape(1, n, height * width, -1) for y in layers]
-    stream = dit.StreamingDiT(under(tensors, "dit.", dtype), tensors["context"].to(dtype), dit_settings(meta))
     latents, nearest, at = [], math.inf, 0
     while at < n:
         stop = min(n, at + (6 if at == 0 else 2))
