@@ -64,7 +64,7 @@ class Campaign:
         lines = ["one change at a time, against the plain path", f"{'':34s} {'FPS':>8s} {'gain':>7s} "
                  f"{'max error':>10s} {'PSNR dB':>8s}"]  # fmt: skip
         for row in self.switches:
-            psnr = f"{row['psnr']:.1f}" if np.isfinite(row["psnr"]) else "same"
+            psnr = "same" if row["psnr"] is None else f"{row['psnr']:.1f}"
             lines.append(
                 f"{row['name']:34s} {row['fps']:8.2f} {row['gain']:6.2f}x {row['max_error']:10d} {psnr:>8s}"
             )
@@ -186,10 +186,10 @@ def _switches(
         if not plain:
             plain.update(frames=frames, fps=fps)
         difference = np.abs(frames.astype(np.int16) - plain["frames"])
-        squared = float(np.square(difference.astype(np.float64)).mean())
-        psnr = 10 * np.log10(255**2 / squared) if squared else float("inf")
+        psnr = _psnr(difference)
         row = {"name": name, "fps": fps, "gain": fps / plain["fps"], "psnr": psnr}
-        done.switches.append(row | {"max_error": int(difference.max()), "neutral": psnr >= NEUTRAL})
+        row["max_error"] = int(difference.max())
+        done.switches.append(row | {"neutral": psnr is None or psnr >= NEUTRAL})
 
     _attempt(done, "plain path", lambda: measured("plain", []), deadline, say)
     if not plain:
@@ -209,6 +209,12 @@ def _switches(
     together += best.values()
     if len(together) > 1:
         _attempt(done, "together", lambda: measured("all that help, together", together), deadline, say)
+
+
+def _psnr(difference: np.ndarray) -> float | None:
+    """In dB, of 8-bit levels; None where nothing differs."""
+    squared = float(np.square(difference.astype(np.float64)).mean())
+    return float(10 * np.log10(255**2 / squared)) if squared else None
 
 
 def _with(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -122,26 +121,25 @@ def test_other_modules(run, tiny):
 
 
 def test_the_pipeline_and_its_parts(tiny):
-    report = bench_pipeline(tiny, repeats=1, profile=True)
+    report = bench_pipeline(tiny, repeats=1)
     step, *parts = report.rows
     assert report.extra["fps"] == 8 / step.seconds and "FPS" in step.note
     names = [row.name for row in parts]
     assert names == ["upsampling", "projector", "DiT", "decoder", "colour fix", "to uint8 on the CPU", "rest"]
     assert all(row.seconds > 0 for row in parts)
     assert step.work == sum(row.work for row in parts if row.work)
-    assert sum(report.extra["shares"].values()) == pytest.approx(1)
 
 
 def test_the_campaign_goes_through_on_a_cpu(tiny):
     said = []
-    done = gpu.run(tiny, [tiny.size, (64, 64)], minutes=5, repeats=1, compiling=False, say=said.append)
-    assert not done.missing and len(done.reports) == 5
+    done = gpu.run(tiny, [(64, 64)], minutes=5, repeats=1, compiling=False, say=said.append)
+    assert not done.missing and len(done.reports) == 3
     names = [row["name"] for row in done.switches]
     assert names[0] == "plain" and "projector as matrix products" in names
     # float32: other ways of computing the same move a pixel by a level at most
     assert all(row["max_error"] <= 1 and row["neutral"] for row in done.switches)
     text = done.text()
-    assert "steady chunk of 64x128" in text and "training clip of 10 latents" in text and "FPS" in text
+    assert "steady chunk of 64x64" in text and "training clip of 10 latents" in text and "FPS" in text
     json.dumps(done.as_dict())
 
 
@@ -158,7 +156,7 @@ def test_a_switch_that_changes_frames_is_not_neutral(tiny, monkeypatch):
     done = gpu.Campaign()
     gpu._switches(done, tiny, gpu.measure.Deadline(60), 1, False, lambda text: None)
     plain, spoiled = done.switches
-    assert plain["neutral"] and not np.isfinite(plain["psnr"])
+    assert plain["neutral"] and plain["psnr"] is None
     assert spoiled["max_error"] > 3 and not spoiled["neutral"]
 
 
