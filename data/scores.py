@@ -19,7 +19,8 @@ CROP = 448  # side of the crops: four corners and the centre
 TILE = 64  # side of the tiles whose motion is estimated
 CLEAR = 12  # standard deviations by which the peak of a shift stands out; unrelated pictures reach 10
 MOTION_WIDTH = 256  # width at which motion is estimated
-BLACK = 24  # luma up to which a border counts as black
+BLACK = 16  # luma up to which a border counts as black
+STEP = 12  # by how much the picture beside it is brighter
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
@@ -184,13 +185,19 @@ def _vertex(surface: np.ndarray, y: int, x: int, axis: int) -> float:
 
 def bars(frames: list[np.ndarray]) -> float:
     """Share of the area taken by black borders that are there in every luma frame: 0 … 1, 0 where all is
-    black."""
-    lit = np.maximum.reduce(frames) > BLACK
-    used = [np.flatnonzero(lit.mean(axis) > 0.02) for axis in (1, 0)]  # a few specks are no picture
-    if not all(len(lines) for lines in used):
-        return 0.0
-    height, width = (int(lines[-1] - lines[0] + 1) for lines in used)
-    return 1 - height * width / lit.size
+    black. A border ends in a step: a scene that is dark towards its edges has none."""
+    brightest = np.maximum.reduce(frames)
+    left = []
+    for axis in (1, 0):
+        lit = np.flatnonzero((brightest > BLACK).mean(axis) > 0.02)  # a few specks are no picture
+        if not len(lit):
+            return 0.0
+        level = brightest.mean(axis)
+        first, last = int(lit[0]), int(lit[-1])
+        begin = first if first and level[min(first + 1, last)] - level[first - 1] >= STEP else 0
+        ended = last + 1 < len(level) and level[max(last - 1, first)] - level[last + 1] >= STEP
+        left.append(((last + 1 if ended else len(level)) - begin) / len(level))
+    return 1 - left[0] * left[1]
 
 
 def change(frames: list[np.ndarray]) -> float:

@@ -83,7 +83,7 @@ def test_killed_while_reading(heavy, whole, tmp_path, monkeypatch):
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [1, 2])
 def test_killed_while_writing_shards(heavy, whole, tmp_path, monkeypatch, at):
     out, write, written = tmp_path / "data", module.write_shard, []
 
@@ -105,7 +105,7 @@ def test_killed_while_writing_shards(heavy, whole, tmp_path, monkeypatch, at):
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("at", [0, 2])
 def test_killed_while_moving_into_place(heavy, whole, tmp_path, monkeypatch, at):
     """Also over an older build: until the index is there, nobody reads old shards by a new index."""
     out, replace, moved = tmp_path / "data", module.os.replace, []

@@ -109,8 +109,8 @@ def test_bars_are_the_share_of_black_borders():
     frames = [np.full((100, 200), 80, np.uint8) for _ in range(3)]
     assert scores.bars(frames) == 0
     for frame in frames:
-        frame[:12] = 16
-        frame[-13:] = 16
+        frame[:12] = 12
+        frame[-13:] = 12
     assert scores.bars(frames) == pytest.approx(0.25)
     for frame in frames:
         frame[:, :20] = 0
@@ -118,6 +118,9 @@ def test_bars_are_the_share_of_black_borders():
     frames[0][:12] = 200  # black only for a while: no border
     assert scores.bars(frames) == pytest.approx(1 - 0.87 * 0.9, abs=0.11)
     assert scores.bars([np.zeros((50, 50), np.uint8)]) == 0
+    y, x = np.mgrid[-50:50, -100:100]
+    spotlight = 200 * np.exp(-(y**2 + x**2) / 900)  # dark all around, but without an edge
+    assert scores.bars([spotlight.astype(np.uint8)]) == 0
 
 
 def test_change_between_sampled_frames():
