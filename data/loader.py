@@ -20,8 +20,6 @@ from flashvsr.base.cli import UserError
 
 __all__ = ["DataConfig", "batches", "collate", "in_order", "open_dataset"]
 
-PATIENCE = 1800  # seconds without a sample after which a worker is given up: a shard may come slowly
-
 
 def collate(samples: list[dict]) -> dict[str, Any]:
     """Stacks samples: `{ids, counters int64 [B], segments, damaged}`, every tensor of a segment `[B, …]`;
@@ -79,8 +77,7 @@ def _begun(loader: DataLoader) -> Iterator:
 def in_order(clips: Clips, counters: Iterable[list[int]], workers: int) -> Iterator[list[dict]]:
     """The samples of each list of counters, in order, made by `workers` processes (0: by this one).
 
-    Says on stderr, once each, which clips are damaged. Raises UserError from any worker, and when one dies
-    or gives nothing for half an hour.
+    Says on stderr, once each, which clips are damaged. Raises UserError from any worker, and when one dies.
     """
     samples = _in_order(clips, counters, workers)
     _running.add(samples)
@@ -106,7 +103,6 @@ def _in_order(clips: Clips, counters: Iterable[list[int]], workers: int) -> Iter
         collate_fn=_as_is,
         worker_init_fn=partial(_begin_worker, ending),
         prefetch_factor=2 if workers else None,
-        timeout=PATIENCE if workers else 0,
     )
     iterator, told = _begun(loader), set()
     try:
@@ -125,10 +121,6 @@ def _next(iterator: Iterator) -> list[dict] | None:
     try:
         samples = next(iterator, None)
     except RuntimeError as error:
-        if str(error).startswith("DataLoader timed out"):
-            raise UserError(
-                f"no sample came for {PATIENCE // 60} minutes: is the storage of the shards gone?"
-            ) from error
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(

@@ -70,7 +70,7 @@ def test_any_start_gives_the_frames_of_the_whole(name, form):
     codec, options = STREAMS[name]
     if (codec, form) in {("libvpx-vp9", "mpegts"), ("mjpeg", "mpegts")}:
         pytest.skip("this container does not hold this codec")
-    # A refresh is no place to enter; MPEG-TS is searched by decoding times, which B frames shift past the entry.
+    # A refresh is no entry; MPEG-TS is searched by decoding times, which B frames shift past the entry.
     enters = form != "mpegts" or name in ("no B frames", "one keyframe, B frames that others refer to")
     seeks = enters and "refresh" not in name
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
