@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data.degradation import linear
 from data.degradation.frames import Frame, planes
@@ -130,17 +129,26 @@ def convolve(frame: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """
     height, width = frame.shape[1:]
     size = len(kernel)
-    reach = size // 2
-    if reach < min(height, width):
-        wide = F.pad(frame, (reach,) * 4, mode="reflect")
-    else:  # torch refuses a border as wide as the picture, which small second-stage frames do have
-        wide = frame.index_select(1, linear.mirror_index(height, reach, reach))
-        wide = wide.index_select(2, linear.mirror_index(width, reach, reach))
-    shape = tuple(_fast_length(side) for side in wide.shape[1:])
-    spectrum = torch.fft.rfft2(wide, s=shape).mul_(torch.fft.rfft2(kernel, s=shape))
+    shape = tuple(_fast_length(side + size - 1) for side in (height, width))
+    spectrum = torch.fft.rfft2(_mirrored(frame, size // 2, shape))
+    blurred = torch.fft.irfft2(spectrum.mul_(torch.fft.rfft2(kernel, s=shape)), s=shape)
     # Only the first size - 1 outputs of every line are touched by what wraps around.
-    blurred = torch.fft.irfft2(spectrum, s=shape)
     return blurred[:, size - 1 : size - 1 + height, size - 1 : size - 1 + width]
+
+
+def _mirrored(frame: torch.Tensor, reach: int, shape: tuple[int, int]) -> torch.Tensor:
+    """`C H W` with `reach` mirrored samples on every side, in the corner of zeros `C *shape`."""
+    height, width = frame.shape[1:]
+    wide = frame.new_zeros(len(frame), *shape)
+    rows = linear.mirror_index(height, reach, reach)
+    columns = linear.mirror_index(width, reach, reach)
+    wide[:, reach : reach + height, reach : reach + width] = frame
+    for side in (slice(0, reach), slice(reach + height, height + 2 * reach)):
+        wide[:, side] = wide.index_select(1, rows[side] + reach)
+    whole = wide[:, : height + 2 * reach]
+    for side in (slice(0, reach), slice(reach + width, width + 2 * reach)):
+        whole[:, :, side] = whole.index_select(2, columns[side] + reach)
+    return wide
 
 
 def convolve_separable(frame: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
@@ -173,10 +181,15 @@ def _smoothing(kernel: int, size: int) -> linear.Band:
 
 def sharpen(frames: Iterable[Frame], params: dict) -> Iterator[torch.Tensor]:
     """Unsharp mask: adds `weight` of the detail where it exceeds `threshold`, with a softened mask."""
+    detail = torch.empty(0)
     for frame in frames:
         x = planes(frame)
         smoothing = tuple(_smoothing(params["kernel"], side) for side in x.shape[1:])
-        detail = linear.separable(x, *smoothing).sub_(x).neg_()
-        mask = linear.separable((detail.abs() > params["threshold"] / 255).float(), *smoothing)
+        if detail.shape != x.shape:
+            # Fresh memory for every frame would cost as much as the arithmetic.
+            detail, mask, soft = (torch.empty_like(x) for _ in range(3))
+        linear.separable(x, *smoothing, out=detail).sub_(x).neg_()
+        torch.gt(torch.abs(detail, out=mask), params["threshold"] / 255, out=mask)
+        linear.separable(mask, *smoothing, out=soft)
         sharp = torch.add(x, detail, alpha=params["weight"], out=detail).clamp_(0, 1)
-        yield torch.lerp(x, sharp, mask)
+        yield torch.lerp(x, sharp, soft)

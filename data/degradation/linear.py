@@ -77,12 +77,14 @@ def sampling(index: np.ndarray, weights: np.ndarray, source: int) -> Band:
     return Band(source, target, tuple(blocks))
 
 
-def separable(x: torch.Tensor, vertical: Band, horizontal: Band) -> torch.Tensor:
-    """Maps the columns and the rows of every plane of a picture `C H W`.
+def separable(
+    x: torch.Tensor, vertical: Band, horizontal: Band, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Maps the columns and the rows of every plane of a picture `C H W`, into `out` if given.
 
     Plane by plane, so that a plane and its half-way result stay in the cache.
     """
-    out = x.new_empty(len(x), vertical.target, horizontal.target)
+    out = x.new_empty(len(x), vertical.target, horizontal.target) if out is None else out
     middle = x.new_empty(vertical.source, horizontal.target)
     for plane, result in zip(x, out, strict=True):
         for first, last, start, stop, weights in horizontal.blocks:

@@ -174,11 +174,12 @@ def _walks(steps: list) -> Iterator[tuple[str, str, float]]:
 
 def sheet(clip: str, out: str, seed: int = 0, frames: int = 9, rows: int = 3) -> str:
     """Degrades the first frames of a clip by every preset, `rows` draws each, into an HTML page."""
-    from flashvsr.base.page import Page
+    from flashvsr.base.page import Page, busiest_crop
     from flashvsr.base.video_io import read_frames
 
     hr = np.stack([f[: len(f) // 4 * 4, : f.shape[1] // 4 * 4] for f in read_frames(clip, count=frames)])
     middle = len(hr) // 2
+    crop = busiest_crop(hr[middle], hr.shape[1] // 3, hr.shape[2] // 3)
     page = Page("Degradation presets")
     page.text(
         f"Frame {middle} of `{Path(clip).name}` after each preset at scale 4: {rows} draws, and the HR frame."
@@ -191,7 +192,7 @@ def sheet(clip: str, out: str, seed: int = 0, frames: int = 9, rows: int = 3) ->
             lr, params = pipeline.degrade(hr, 4, name, rng)
             pictures.append((f"draw {row}", lr[middle]))
             said.append(f"draw {row}: {in_words(params, middle)}")
-        page.compare([*pictures, ("HR", hr[middle])], caption=" · ".join(said))
+        page.compare([*pictures, ("HR", hr[middle])], crop, caption=" · ".join(said))
     page.save(out)
     return f"{out}: {len(PRESETS)} presets on {Path(clip).name}"
 
