@@ -59,7 +59,7 @@ def _opened_by_webdataset(url: str) -> Iterator[bytes]:
     from webdataset.gopen import gopen, gopen_schemes
 
     scheme = url.split(":", 1)[0]
-    if scheme not in gopen_schemes:
+    if scheme not in {*gopen_schemes, "file"}:
         raise _Lasting(f"'{scheme}:' is nothing that webdataset opens")
     with closing(gopen(url, "rb")) as stream:  # a command that failed raises OSError when it is closed
         while chunk := stream.read(1 << 20):
