@@ -1,8 +1,8 @@
 """A plan that notes what it chose beside what another run chose, and goes on with the other's choice.
 
 Two computations of one selection agree up to pairs at the threshold itself: one flipped tie changes all that
-comes after it. So masks are compared first, pairs within `TIE` of the threshold are told apart from real
-differences, and what follows is computed with the other's mask.
+comes after it. So masks are compared first, pairs that rounding may exchange across the threshold (within
+`TIE`) are told apart from real differences, and what follows is computed with the other's mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from flashvsr.attention.plans import CachedStreaming, SparseCausal
 from flashvsr.attention.selection import Selection, budget, pool
 
-TIE = 1e-6  # relative distance of P from the threshold
+TIE = 1e-6  # relative distance of P from the other side of the threshold
 Key = tuple[int, int]  # layer, chunk from the start of the clip
 
 
@@ -31,31 +31,35 @@ class Choice:
 
     @property
     def distance(self) -> Tensor:
-        """How far P lies from the threshold, relative to it: `B heads s K`, infinite without threshold."""
+        """How far P is from the other side of the threshold, relative: a kept pair from the first one
+        dropped, a dropped pair from the last one kept. `B heads s K`, infinite where nothing is dropped.
+
+        So one pair too many or too few is never taken for a tie, only one pair for another.
+        """
         if self.kept is None or self.kept >= self.p[0, 0].numel():
             return torch.full_like(self.p, torch.inf)
-        threshold = self.p.flatten(-2).topk(self.kept + 1, -1).values[..., -1, None, None]
-        return (self.p - threshold).abs() / threshold
+        last, first = (x[..., None] for x in self._edge[2:])
+        return torch.where(self.p > first, self.p - first, last - self.p) / first
 
     @property
-    def _edge(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat positions of the k-th and the (k+1)-th largest, and the relative gap: each `B heads 1`."""
+    def _edge(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flat positions of the k-th and the (k+1)-th largest P, and the two P: each `B heads 1`."""
         fall = self.p.flatten(-2).sort(-1, descending=True)
-        last, first = (fall.values[..., i, None] for i in (self.kept - 1, self.kept))
-        at_last, at_first = (fall.indices[..., i, None] for i in (self.kept - 1, self.kept))
-        return at_last, at_first, (last - first) / first
+        edge = slice(self.kept - 1, self.kept + 1)
+        return *fall.indices[..., edge].split(1, -1), *fall.values[..., edge].split(1, -1)
 
     @property
     def margin(self) -> float:
-        """The smallest gap of any head; infinite when all stay."""
+        """The smallest relative gap of any head at the threshold; infinite when all stay."""
         if self.kept is None or self.kept >= self.p[0, 0].numel():
             return torch.inf
-        return self._edge[2].min().item()
+        _, _, last, first = self._edge
+        return ((last - first) / first).min().item()
 
     def alternatives(self) -> list[Tensor]:
         """What rounding may make of heads whose gap is a tie: either pair at the edge stays, or neither."""
-        last, first, gap = self._edge
-        tied = gap <= TIE
+        last, first, p_last, p_first = self._edge
+        tied = (p_last - p_first) / p_first <= TIE
         base = self.mask.flatten(-2)
         for at in (last, first):
             base = base.scatter(-1, at, base.gather(-1, at) & ~tied)

@@ -1,6 +1,7 @@
 """This code against the numbers of the released code: the cut files always, the full ones where they are;
 and against the oracle on files of sizes and variants that nobody has seen."""
 
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashvsr.attention import selection
+from flashvsr.attention.selection import budget
 from flashvsr.base.resize import to_uint8
 from flashvsr.streaming.upscaler import StreamingUpscaler
 from flashvsr.weights.folder import FlashVSR, ModelInfo
@@ -90,7 +93,7 @@ UNSEEN = [
     ("wan_vae", dict()),
     ("wan_vae", dict(frames=1, batch=2, height=24)),
     ("pipeline", dict(lr_variant="buffer", decoder="vae", color_fix="wavelet", layer_num=2, kv_ratio=2.0,
-                      width=128, frames=25)),
+                      width=128, frames=17)),
     ("pipeline", dict(color_fix="none", frames=17, layer_num=2, local_range=2, topk_ratio=0.9)),
     ("pipeline", dict(frames=57, kv_ratio=1.0, width=128, heads=3, dim=36)),
 ]  # fmt: skip
@@ -150,6 +153,15 @@ def test_a_flipped_pair_fails_far_from_the_threshold_and_is_a_tie_at_it(tmp_path
     # the parallel forward chooses like the streamed one: it differs in the same pair
     assert verdicts == {"one forward: masks": "tie" if tie else "FAIL"}
     assert main([str(tmp_path / "flipped.safetensors")]) == (0 if tie else 1)
+
+
+def test_one_pair_too_many_is_no_tie(tmp_path):
+    """The pair at the threshold itself, kept by a k that is one too large."""
+    path = CUT / "dit_stream.safetensors"
+    with unittest.mock.patch.object(selection, "budget", lambda s, n, ratio: budget(s, n, ratio) + 1):
+        rows = check(path).failed
+    assert {f"chunk{c}.mask.block{layer}" for c in range(3) for layer in range(2)} < {r.name for r in rows}
+    assert not any(row.ties for row in rows)
 
 
 def _make_all_pairs_alike(tensors) -> None:
