@@ -37,19 +37,19 @@ class Tile(NamedTuple):
 # By kernel and generation, for 16-bit inputs.
 TILES: dict[str, dict[str, Tile]] = {
     "forward": {
-        "small": Tile(64, 32, 4, 3),
+        "small": Tile(128, 64, 8, 2),
         "sm80": Tile(128, 64, 8, 3),
         "sm90": Tile(128, 128, 8, 3),
         "sm100": Tile(128, 128, 8, 3),
     },
     "query_gradient": {
-        "small": Tile(64, 32, 4, 2),
+        "small": Tile(128, 32, 8, 2),
         "sm80": Tile(128, 64, 8, 2),
         "sm90": Tile(128, 64, 8, 3),
         "sm100": Tile(128, 64, 8, 2),
     },
     "key_gradient": {
-        "small": Tile(32, 64, 4, 2),
+        "small": Tile(32, 128, 8, 2),
         "sm80": Tile(64, 128, 8, 2),
         "sm90": Tile(64, 128, 8, 2),
         "sm100": Tile(64, 128, 8, 2),
