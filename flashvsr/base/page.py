@@ -59,6 +59,13 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 .gallery figure { margin: 0; }
 .gallery figcaption { overflow-wrap: anywhere; line-height: 1.35; }
 .gallery img { width: 100%; }
+.panels { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); }
+.panels figure { margin: 0; }
+.panels figcaption { color: var(--ink); font-weight: 600; }
+.panels svg { width: 100%; overflow: visible; border-bottom: 0; }
+.panels rect { fill: #4b8bbe; }
+.panels line { stroke: var(--mark); stroke-width: 1.5; }
+.panels text { fill: var(--soft); font-size: 10px; }
 #big { position: fixed; inset: 0; display: none; place-items: center; background: #000d; cursor: zoom-out; }
 #big.open { display: grid; }
 #big img { width: 96vw; height: 88vh; object-fit: contain; image-rendering: pixelated; }
@@ -211,21 +218,23 @@ class Page:
         shown = [(caption.split("\n"), _jpeg_uri(_pixels(picture))) for caption, picture in pictures]
         self._add(
             '<div class="gallery">{% for lines, uri in shown %}<figure><img src="{{ uri }}" '
-            'alt="{{ lines[0] }}"><figcaption>{% for line in lines %}{{ line }}<br>{% endfor %}'
+            'alt="{{ lines[0] }}"><figcaption>{% for line in lines %}<div>{{ line }}</div>{% endfor %}'
             "</figcaption></figure>{% endfor %}</div>",
             shown=shown,
         )
 
     def histograms(self, panels: Sequence[tuple[str, Sequence[float], float | None]]) -> None:
-        """How values are distributed: panels (title, values, where to draw a line or None), three in a
-        row."""
-        light, dark = (_histograms(panels, ink) for ink in ("#1d2329", "#e4e8ec"))
+        """How values are distributed: panels (title, values, where to draw a line or None)."""
         self._add(
-            '<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">'
-            '<img src="{{ light }}" alt="{{ names }}"></picture></figure>',
-            light=light,
-            dark=dark,
-            names=", ".join(title for title, _, _ in panels),
+            '<div class="panels">{% for title, bars, marks, line in panels %}<figure>'
+            '<figcaption>{{ title }}</figcaption><svg viewBox="0 0 300 120">'
+            '{% for x, y, w, h, n in bars %}<rect x="{{ x }}" y="{{ y }}" width="{{ w }}" '
+            'height="{{ h }}"><title>{{ n }}</title></rect>{% endfor %}'
+            '{% if line is not none %}<line x1="{{ line }}" x2="{{ line }}" y1="0" y2="100"/>{% endif %}'
+            '{% for x, anchor, text in marks %}<text x="{{ x }}" y="114" text-anchor="{{ anchor }}">'
+            "{{ text }}</text>{% endfor %}"
+            "</svg></figure>{% endfor %}</div>",
+            panels=[_histogram(*panel) for panel in panels],
         )
 
     def curves(
@@ -307,31 +316,26 @@ def _jpeg_uri(picture: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _histograms(panels: Sequence[tuple[str, Sequence[float], float | None]], ink: str) -> str:
-    from matplotlib.figure import Figure
-
-    rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False).flat
-    for axes, (title, values, mark) in zip(grid, panels, strict=False):
-        axes.hist(values, bins=min(40, max(10, len(set(values)))), color="#4b8bbe")
-        if mark is not None:
-            axes.axvline(mark, color="#e5484d", linewidth=1.4)
-        axes.set_title(title, color=ink, fontsize=10)
-    for axes in list(grid):
-        axes.set_visible(False)
-    for axes in figure.axes:
-        axes.tick_params(colors=ink, which="both", labelsize=8)
-        for side, spine in axes.spines.items():
-            spine.set_color(ink)
-            spine.set_visible(side in ("left", "bottom"))
-    return _svg_uri(figure)
-
-
-def _svg_uri(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _histogram(title: str, values: Sequence[float], mark: float | None) -> tuple:
+    """What a panel draws in its field of 300x100: bars (x, y, width, height, tooltip), axis marks, line."""
+    known = np.asarray(values, np.float64)
+    least, most = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    if mark is not None:
+        least, most = min(least, mark), max(most, mark)
+    most = most if most > least else least + 1
+    counts, edges = np.histogram(known, bins=min(30, max(8, len(set(values)))), range=(least, most))
+    width = 300 / len(counts)
+    tallest = max(int(counts.max()), 1)
+    bars = []
+    for k, n in enumerate(counts.tolist()):
+        height = round(95 * n / tallest, 1)
+        bars.append(
+            (round(k * width, 1), 100 - height, round(width - 1, 1), height, f"{n} from {edges[k]:.4g}")
+        )
+    ends = ((0, "start"), (150, "middle"), (300, "end"))
+    marks = [(x, anchor, f"{least + x / 300 * (most - least):.3g}") for x, anchor in ends]
+    line = None if mark is None else round(300 * (mark - least) / (most - least), 1)
+    return f"{title} ({len(known):,})", bars, marks, line
 
 
 def _plot(series: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool, ink: str) -> str:
@@ -353,7 +357,9 @@ def _plot(series: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool, ink:
         spine.set_visible(side in ("left", "bottom"))
     if series:
         axes.legend(frameon=False, labelcolor=ink)
-    return _svg_uri(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _is_number(value: Any) -> bool:

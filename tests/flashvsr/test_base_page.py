@@ -114,6 +114,35 @@ def test_the_busiest_place_is_found(tmp_path):
     assert [_decoded(i["src"]).shape[0] for i in seen.images if i.get("src")] == [80, 32, 80]
 
 
+def test_histograms_count_every_value(tmp_path):
+    page = Page("h")
+    values = [1.0] * 6 + [5.0] * 3 + [10.0]
+    page.histograms([("<a>", values, 4.0), ("flat", [0.0] * 5, 0.5), ("none", [], None)])
+    page.save(tmp_path / "p.html")
+    html = (tmp_path / "p.html").read_text()
+    _Seen(html)
+    assert "&lt;a&gt; (10)" in html and "flat (5)" in html and "none (0)" in html
+    first = html.split("<svg")[1]
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"><title>(\d+)', first)
+    assert sum(int(n) for *_, n in bars) == 10
+    heights = {int(n): float(h) for _, _, h, n in bars}
+    assert heights[6] == 95 and heights[3] == pytest.approx(95 / 2, abs=0.1) and heights[0] == 0
+    assert all(float(y) + float(h) == pytest.approx(100) for _, y, h, _ in bars)
+    assert 'x1="100.0"' in first  # 4 lies a third of the way from 1 to 10
+    assert html.count("<line") == 2
+
+
+def test_a_gallery_holds_its_pictures(tmp_path):
+    page = Page("g")
+    page.gallery([("one\nsecond <line>", np.full((20, 30, 3), 200, np.uint8))])
+    page.save(tmp_path / "p.html")
+    html = (tmp_path / "p.html").read_text()
+    image = next(i for i in _Seen(html).images if i["src"])
+    picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+    assert picture.size == (30, 20) and abs(int(np.asarray(picture).mean()) - 200) <= 2
+    assert "<div>one</div><div>second &lt;line&gt;</div>" in html
+
+
 def test_wrong_pictures_are_refused():
     page = Page("w")
     with pytest.raises(ValueError, match="float32"):
