@@ -16,13 +16,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Videos, images and folders of frames become WebDataset shards (train-*.tar, val-*.tar) "
         "and index.json; with no SRC, from procedural clips. A second call with the same files does nothing.",
     )
-    build.add_argument("sources", nargs="*", metavar="SRC", help="video, image, or folder of them")
+    build.add_argument(
+        "sources", nargs="*", metavar="SRC", help="video, image, folder of them, pattern, list (.txt)"
+    )
     build.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the shards; replaced as a whole"
     )
     build.add_argument(
-        "--val", nargs="+", default=[], metavar="SRC", help="clips to hold out (default: every eighth)"
+        "--val", nargs="+", default=[], metavar="SRC", help="sources to hold out (default: every eighth)"
     )
+    _add_cutting(build)
+    build.add_argument(
+        "--member-mb", type=int, default=256, metavar="N",
+        help="cut larger videos at keyframes into files of about this size, not encoding them anew (256)",
+    )  # fmt: skip
+    build.add_argument("--shard-mb", type=int, default=1024, metavar="N", help="size of a shard (1024)")
+    build.add_argument(
+        "--reencode", metavar="CODEC", help="encode every clip anew, e.g. libx264 (default: original bytes)"
+    )
+    build.add_argument("--crf", type=float, help="quality of --reencode (12)")
+    _add_workers(build)
     build.add_argument("--synthetic", type=int, metavar="N", help="how many procedural training clips (12)")
     build.add_argument("--seed", type=int, help="seed of the procedural clips (0)")
     build.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -41,8 +54,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cutting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-seconds", type=float, default=20.0, metavar="S", help="longest clip; scenes are divided (20)"
+    )
+    parser.add_argument(
+        "--min-frames", type=int, default=5, metavar="N", help="leave out clips shorter than this (5)"
+    )
+    parser.add_argument("--no-cuts", action="store_true", help="do not look for scene changes")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S",
+        help="give a file up when it yields nothing for this long (60 seconds)",
+    )  # fmt: skip
+
+
+def _check_workers(args: argparse.Namespace) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} must be at least 1")
+    if args.timeout <= 0:
+        raise UserError(f"--timeout {args.timeout:g} must be above 0")
+
+
 def _build(args: argparse.Namespace) -> None:
-    from data.build import build, summary
+    from data.build import How, build, summary
+    from data.scan import Options
 
     if args.sources and (args.synthetic is not None or args.seed is not None):
         raise UserError(
@@ -52,8 +91,22 @@ def _build(args: argparse.Namespace) -> None:
         raise UserError("--val needs SRC: give the clips to train on")
     if args.synthetic is not None and args.synthetic < 1:
         raise UserError(f"--synthetic {args.synthetic} must be at least 1")
+    if args.crf is not None and not args.reencode:
+        raise UserError("--crf is about --reencode: give a codec, e.g. --reencode libx264")
+    if args.shard_mb < 1:
+        raise UserError(f"--shard-mb {args.shard_mb} must be at least 1")
+    _check_workers(args)
+    options = Options(
+        cuts=not args.no_cuts,
+        max_seconds=args.max_seconds,
+        min_frames=args.min_frames,
+        member_mb=args.member_mb,
+        codec=args.reencode,
+        crf=12.0 if args.crf is None else args.crf,
+    )
+    how = How(options, args.shard_mb, args.workers, args.timeout, args.quiet)
     count = 12 if args.synthetic is None else args.synthetic
-    print(summary(build(args.sources, args.out, args.val, count, args.seed or 0, args.quiet)))
+    print(summary(build(args.sources, args.out, args.val, count, args.seed or 0, how=how)))
 
 
 def _degrade(args: argparse.Namespace) -> None:

@@ -1,9 +1,10 @@
-"""Frames out of shards: any clip is opened with one seek."""
+"""Frames out of shards: any clip is opened with one seek, its bytes are checked when it is first used."""
 
 import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -11,13 +12,62 @@ from data.shards import Index, Sample
 from flashvsr.base.cli import UserError
 from flashvsr.base.video_io import read_frames
 
+# How much may be read to decode a member: a container damaged just so makes FFmpeg go in circles.
+TIMES_SIZE = 64
+AT_LEAST = 64 << 20
+
+
+class Damaged(UserError):
+    """A clip whose bytes or frames are not what the index says."""
+
+
+class Shards(Protocol):
+    """Where shards lie. `name` stands in messages."""
+
+    name: str
+
+    def open(self, shard: str) -> BinaryIO:
+        """The shard as an open file; raises UserError when it cannot be had."""
+
+    def place(self, shard: str) -> str:
+        """Path or URL of the shard, for messages."""
+
+
+class LocalShards:
+    """Shards in a folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, str(folder)
+
+    def open(self, shard: str) -> BinaryIO:
+        try:
+            return open(self.folder / shard, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot open shard '{self.place(shard)}' ({error.strerror})") from error
+
+    def place(self, shard: str) -> str:
+        return str(self.folder / shard)
+
+    def refuse_short(self, index: Index) -> None:
+        """Raises UserError, naming it, when a shard ends before the last clip that the index has in it."""
+        ends: dict[str, int] = {}
+        for s in (s for rows in index.splits.values() for s in rows):
+            ends[s.shard] = max(ends.get(s.shard, 0), s.offset + s.size)
+        for shard, end in ends.items():
+            have = (self.folder / shard).stat().st_size
+            if have < end:
+                raise UserError(
+                    f"shard '{self.place(shard)}' has {have} bytes, its index speaks of {end}: it is cut "
+                    "short or belongs to another index; copy both again"
+                )
+
 
 class _Window(io.RawIOBase):
-    """A part of a file as a read-only, seekable file."""
+    """A part of an open file as a read-only, seekable file."""
 
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.at = open(path, "rb"), offset, size, 0  # noqa: SIM115
-        self.name = str(path)
+    def __init__(self, file: BinaryIO, offset: int, size: int, name: str) -> None:
+        self.file, self.offset, self.size, self.at, self.name = file, offset, size, 0, name
+        self.allowed = TIMES_SIZE * size + AT_LEAST
 
     def readable(self) -> bool:
         return True
@@ -35,22 +85,35 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         count = max(0, min(len(buffer), self.size - self.at))
+        self.allowed -= max(count, 4096)
+        if self.allowed < 0:
+            raise OSError("the same bytes are read again and again")
         self.file.seek(self.offset + self.at)
         got = self.file.readinto(memoryview(buffer)[:count])
         self.at += got
         return got
 
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
 
 class Reader:
-    """Reads frames out of shards; checks a clip's bytes against the index the first time it is used."""
+    """Reads frames of an index's clips.
 
-    def __init__(self, index: Index) -> None:
+    `shards` opens the files (default: those of the index's folder). Members are hashed once per process.
+    """
+
+    def __init__(self, index: Index, shards: Shards | None = None) -> None:
         self.index = index
-        self.checked: set[str] = set()
+        self.shards = LocalShards(index.folder) if shards is None else shards
+        self._checked: dict[
+            tuple[str, int], bool
+        ] = {}  # by shard and offset: whether the hash is the index's
+
+    @property
+    def name(self) -> str:
+        return self.shards.name
+
+    @property
+    def splits(self) -> dict[str, tuple[Sample, ...]]:
+        return self.index.splits
 
     def frames(
         self,
@@ -59,54 +122,57 @@ class Reader:
         count: int | None = None,
         size: tuple[int, int] | None = None,
         crop: tuple[int, int, int, int] | None = None,
+        stride: int = 1,
     ) -> np.ndarray:
-        """Frames start … start+count-1 of a sample: uint8 `F H W 3`.
+        """Frames start, start + stride, … (`count` of them, default: all) of a clip: uint8 `F H W 3`.
 
         `size` scales to (h, w) on the way (bicubic, antialiased); `crop` (top, left, height, width) then
-        cuts, frame by frame, so that whole large frames are never held together. Raises UserError naming the
-        sample when its bytes are damaged or hold fewer frames than the index says.
+        cuts; of large frames only what is cut is ever converted or copied. Raises Damaged, naming the clip,
+        when its bytes are not those of the index or give fewer frames than it says, and UserError when the
+        shard cannot be opened.
         """
-        count = sample.frames - start if count is None else count
-        top, left, height, width = crop or (0, 0, *(size or (sample.height, sample.width)))
-        self._check(sample)
-        frames = np.empty((count, height, width, 3), np.uint8)
-        found = -1
-        for found, frame in enumerate(self._decode(sample, start, count, size)):
-            frames[found] = frame[top : top + height, left : left + width]
-        if found + 1 != count:
-            raise UserError(
-                f"'{sample.key}' in {self.index.folder / sample.shard} gave {found + 1} of {count} frames "
-                f"from {start} on: build them again without '{sample.source}'"
-            )
+        count = len(range(start, sample.frames, stride)) if count is None else count
+        shape = crop[2:] if crop else size or (sample.height, sample.width)
+        frames = np.empty((count, *shape, 3), np.uint8)
+        with self.shards.open(sample.shard) as file:
+            self._check(sample, file)
+            found = 0
+            try:
+                for frame in self._decode(sample, file, start, count, size, crop, stride):
+                    if frame.shape != frames.shape[1:]:
+                        raise ValueError(f"its frames are {frame.shape[1]}x{frame.shape[0]}")
+                    frames[found] = frame
+                    found += 1
+            except Exception as error:  # decoders raise whatever they like over what they cannot understand
+                raise Damaged(f"{self._called(sample)} cannot be decoded ({error})") from error
+        if found != count:
+            raise Damaged(f"{self._called(sample)} gave {found} of {count} frames from {start} on")
         return frames
 
-    def _decode(self, sample: Sample, start: int, count: int, size) -> Iterator[np.ndarray]:
-        path = self.index.folder / sample.shard
-        try:
-            if sample.kind == "frames":
-                for spot in sample.members[start : start + count]:
-                    with _Window(path, *spot) as window:
-                        yield from read_frames(window, size=size)
-            else:
-                with _Window(path, sample.offset, sample.size) as window:
-                    yield from read_frames(window, start, count, size=size)
-        except (UserError, OSError) as error:
-            raise UserError(
-                f"cannot decode '{sample.key}' in {path} ({error}): build the shards again"
-            ) from error
+    def _decode(
+        self, sample: Sample, file: BinaryIO, start: int, count: int, size, crop, stride: int
+    ) -> Iterator[np.ndarray]:
+        first, name = sample.start + start, self.shards.place(sample.shard)
+        if sample.kind == "frames":
+            for spot in sample.members[first::stride][:count]:
+                yield from read_frames(_Window(file, *spot, name), size=size, crop=crop)
+        else:
+            window = _Window(file, sample.offset, sample.size, name)
+            yield from read_frames(
+                window, first, count, stride, size=size, crop=crop, keyframes=sample.keyframes
+            )
 
-    def _check(self, sample: Sample) -> None:
-        if sample.key in self.checked:
-            return
-        path = self.index.folder / sample.shard
-        digest = hashlib.sha256()
-        for offset, size in sample.members or ((sample.offset, sample.size),):
-            with _Window(path, offset, size) as window:
+    def _check(self, sample: Sample, file: BinaryIO) -> None:
+        member = (sample.shard, sample.offset)
+        if member not in self._checked:
+            digest = hashlib.sha256()
+            for offset, size in sample.members or ((sample.offset, sample.size),):
+                window = _Window(file, offset, size, sample.shard)
                 while chunk := window.read(1 << 20):
                     digest.update(chunk)
-        if digest.hexdigest() != sample.sha256:
-            raise UserError(
-                f"'{sample.key}' in {path} is damaged (its hash is not the index's): "
-                f"build the shards again with `python -m data build SRC --out {self.index.folder}`"
-            )
-        self.checked.add(sample.key)
+            self._checked[member] = digest.hexdigest() == sample.sha256
+        if not self._checked[member]:
+            raise Damaged(f"{self._called(sample)} is damaged (its hash is not the index's)")
+
+    def _called(self, sample: Sample) -> str:
+        return f"'{sample.key}' in {self.shards.place(sample.shard)}"

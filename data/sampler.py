@@ -3,19 +3,21 @@
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
+
 from flashvsr.base.draws import numpy_rng
 
 
 @lru_cache(maxsize=16)
-def _permutation(seed: int, name: str, size: int, epoch: int) -> tuple[int, ...]:
-    return tuple(numpy_rng("order", seed, name, size, epoch).permutation(size).tolist())
+def _permutation(seed: int, name: str, size: int, epoch: int) -> np.ndarray:
+    return numpy_rng("order", seed, name, size, epoch).permutation(size)
 
 
 def shuffled(counter: int, size: int, seed: int, name: str) -> int:
     """Entry `counter` of an endless walk over 0 … size-1 that visits all once per epoch, each epoch in a new
     order."""
     epoch, position = divmod(counter, size)
-    return _permutation(seed, name, size, epoch)[position]
+    return int(_permutation(seed, name, size, epoch)[position])
 
 
 class RankCounters:

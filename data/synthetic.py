@@ -244,16 +244,18 @@ def clip(seed: int, number: int) -> np.ndarray:
 
 
 def write(folder: Path, counts: dict[str, int], seed: int, quiet: bool = False) -> dict[str, list[Path]]:
-    """Writes `counts[split]` clips per split as mp4 under `folder`; returns their paths by split."""
+    """Writes `counts[split]` clips per split as mp4 under `folder`, those that are not there yet; returns
+    their paths by split."""
     paths: dict[str, list[Path]] = {split: [] for split in counts}
     number = 0
     with Progress(sum(counts.values()), "drawing clips", unit="clip", quiet=quiet) as progress:
         for split, count in counts.items():
             for i in range(count):
-                frames = clip(seed, number)
                 path = folder / f"{split}-{i:03d}.mp4"
-                with VideoWriter(path, 24, frames.shape[1], frames.shape[2], crf=12) as writer:
-                    writer.write(frames)
+                if not path.exists():
+                    frames = clip(seed, number)
+                    with VideoWriter(path, 24, frames.shape[1], frames.shape[2], crf=12) as writer:
+                        writer.write(frames)
                 paths[split].append(path)
                 number += 1
                 progress.update()

@@ -5,6 +5,7 @@ result of the same settings is kept.
 """
 
 import hashlib
+import itertools
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -142,21 +143,22 @@ def _refuse_other(out: Path, found: Any, settings: dict[str, Any]) -> None:
 
 
 def _write_clip(folder: Path, source: Source, config: PrepareConfig) -> dict[str, Any]:
-    from data.degradation import degrade
+    """GT first, then LQ from its files: neither is ever held as a whole."""
+    from data.degradation import pipeline, preset
 
-    hr = np.stack([cut(frame, source.name, config) for frame in source.read(config.frames)])
-    lr, parameters = degrade(
-        hr, config.scale, config.preset, numpy_rng("eval.prepare", config.seed, source.name)
-    )
-    for side, frames in (("GT", hr), ("LQ", lr)):
-        write_frames(folder / side / source.name, frames)
+    truth = folder / "GT" / source.name
+    cuts = (cut(frame, source.name, config) for frame in source.read(config.frames))
+    count, (height, width), gt = write_frames(truth, cuts)
+    rng = numpy_rng("eval.prepare", config.seed, source.name)
+    parameters = pipeline.draw(preset(config.preset), count, height, width, config.scale, rng)
+    _, _, lq = write_frames(folder / "LQ" / source.name, pipeline.stream(read_frames(truth), parameters))
     return {
         "name": source.name,
-        "frames": len(hr),
-        "height": hr.shape[1],
-        "width": hr.shape[2],
-        "gt_sha256": hashlib.sha256(hr.tobytes()).hexdigest(),  # of pixels, not of PNG files
-        "lq_sha256": hashlib.sha256(lr.tobytes()).hexdigest(),
+        "frames": count,
+        "height": height,
+        "width": width,
+        "gt_sha256": gt,  # of pixels, not of PNG files
+        "lq_sha256": lq,
         "degradation": parameters,
     }
 
@@ -178,10 +180,19 @@ def cut(frame: np.ndarray, name: str, config: PrepareConfig) -> np.ndarray:
     return np.ascontiguousarray(frame[top : top + target[0], left : left + target[1]])
 
 
-def write_frames(folder: Path, frames: np.ndarray) -> None:
-    """Write uint8 `F H W 3` losslessly as frame-000000.png, ... into `folder`."""
-    with VideoWriter(f"{folder}/", fps=25, height=frames.shape[1], width=frames.shape[2]) as writer:
-        writer.write(frames)
+def write_frames(folder: Path, frames: Iterable[np.ndarray]) -> tuple[int, tuple[int, int], str]:
+    """Write uint8 `H W 3` frames losslessly as frame-000000.png, ... into `folder`; return their count, their
+    (height, width) and the SHA-256 of their pixels."""
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise UserError(f"clip {folder.name!r} has no frames; replace or leave it out")
+    digest = hashlib.sha256()
+    with VideoWriter(f"{folder}/", fps=25, height=first.shape[0], width=first.shape[1]) as writer:
+        for frame in itertools.chain([first], frames):
+            writer.write(frame[None])
+            digest.update(frame.tobytes())
+    return writer.frames, first.shape[:2], digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,10 @@ from flashvsr.base.cli import UserError, run
 COMMANDS = {
     "upscale": "upscale a video, a folder of frames or an image with a model folder",
     "export": "gather a run's finished parts into one model folder in the release's layout",
+    "convert": "rewrite a model: release layout, diffusers, or one safetensors file",
+    "prompt": "encode another prompt with a local UMT5, as a new posi_prompt.pth",
+    "kernels": "compile the Triton attention kernels for GPUs, present or not, and show what they take",
+    "bench": "measure speed, useful work and memory of attention, modules and the pipeline",
     "doctor": "show machine and versions, and check the attention backends",
 }
 USAGE = "\n".join(

@@ -113,7 +113,7 @@ def dense_pairs(sizes: Sequence[int]) -> int:
 def selected_pairs(selection: Selection) -> int:
     """Pairs per head that a selection kept, of one batch entry (rounded mean over heads and batch)."""
     batch, heads = selection.counts.shape[:2]
-    return round(selection.columns.numel() * selection.block_tokens**2 / (batch * heads))
+    return round(selection.counts.sum().item() * selection.block_tokens**2 / (batch * heads))
 
 
 def kept_pairs(visible: Sequence[int], per_chunk: int, block_tokens: int, ratio: float | None) -> int:

@@ -109,9 +109,13 @@ class Data:
     slots: int | None
     val_slots: int  # held-out clips of the loss
     val_pictures: int  # of them, how many are upscaled, scored and shown
+    variants: int  # degradations of each slot, taken in turn by epochs
+    strides: tuple[int, ...]  # of source frames: one is drawn per clip
     latents: Literal["auto", "off"]  # auto: encode once, write runs/NAME/latents-<hash>/ (needs slots)
     workers: int
     flip: bool
+    cache_dir: str | None  # of remote shards
+    cache_gb: float
 
 
 @dataclass(frozen=True)

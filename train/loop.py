@@ -31,7 +31,7 @@ from train.validate import Validation
 # Settings that may differ between a checkpoint and the run that continues it: they do not touch the maths.
 FREE = {
     "runs_dir", "save_every", "validate_every", "keep_last", "resume", "log", "parallel", "micro_batch_size",
-    "checkpointing", "device", "expect", "data.workers",
+    "checkpointing", "device", "expect", "data.workers", "data.cache_dir", "data.cache_gb",
 }  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def _train(stage: Stage) -> int:
             record = train_step(stage, micros, step)
             step += 1
             record |= {"counter": step * config.global_batch_size, "samples": config.global_batch_size}
-            record |= {"data_seconds": waited, "seconds": time.monotonic() - begin}
+            record |= {"data_seconds": waited, "data_damaged": _damaged(micros, world)}
+            record |= {"seconds": time.monotonic() - begin}
             telemetry.train(step, record)
             stopped = stop.requested(world) and step < config.steps
             if step % config.validate_every == 0 or step == config.steps:
@@ -107,6 +108,12 @@ def _train(stage: Stage) -> int:
         print(f"{STAGES[config.stage.name]} complete after {step} steps: {relative(path)}")
     world.barrier()
     return 0
+
+
+def _damaged(micros: Sequence[Mapping[str, Any]], world: World) -> int:
+    """How many clips of this step, on all ranks, were damaged and replaced by others."""
+    count = sum(len(micro["damaged"]) for micro in micros)
+    return int(world.all_reduce_sum(torch.tensor(float(count), device=world.device)))
 
 
 def train_step(stage: Stage, micros: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:

@@ -5,34 +5,18 @@ isotropic or not, and sinc (ringing). Kernels are float32 `[F, k, k]`, sum to on
 their centre, so correlation and convolution are the same thing.
 """
 
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.degradation.presets import Blur, Sharpen, choose
+from data.degradation import linear
+from data.degradation.frames import Frame, planes
+from data.degradation.steps import Blur, Sharpen, choose
 
 SHAPES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc")
-
-
-def mirror_index(size: int, before: int, after: int) -> torch.Tensor:
-    """Indices that extend 0..size-1 on both sides by mirroring about the first and last sample, however far.
-
-    Returns int64 `[before + size + after]`.
-    """
-    i = torch.arange(-before, size + after)
-    if size == 1:
-        return torch.zeros_like(i)
-    i = i.abs() % (2 * (size - 1))
-    return torch.where(i < size, i, 2 * (size - 1) - i)
-
-
-def _mirror(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Mirrors `height` rows and `width` columns around `F C H W`."""
-    if height < x.shape[2] and width < x.shape[3]:
-        return F.pad(x, (width, width, height, height), mode="reflect")
-    # torch refuses a border as wide as the picture, which small second-stage frames do have
-    x = x.index_select(2, mirror_index(x.shape[2], height, height))
-    return x.index_select(3, mirror_index(x.shape[3], width, width))
 
 
 def gaussian_kernels(shape: str, size: int, sigma_x, sigma_y, rotation, beta) -> torch.Tensor:
@@ -73,23 +57,40 @@ def sinc_kernels(size: int, omega) -> torch.Tensor:
 
 
 def draw(config: Blur, frames: int, rng: np.random.Generator) -> dict | None:
-    """Parameters of one clip's blur (None: this clip is not blurred): shape and size once, the rest
-    walked."""
+    """Parameters of one clip's blur (None: not blurred): shape and size once, the rest walked."""
     if rng.uniform() >= config.probability:
         return None
     shape = choose(config.shapes, rng)
     size = int(rng.choice(config.sizes))
     if shape == "sinc":
         omega = config.omega_small if size < 13 else config.omega_large
-        return {"shape": shape, "size": size, "omega": omega.draw(frames, rng).tolist()}
+        return {
+            "shape": shape,
+            "size": size,
+            "omega": omega.draw(frames, rng).tolist(),
+            "clip": config.clip,
+        }
     drawn = {"shape": shape, "size": size, "sigma_x": config.sigma.draw(frames, rng).tolist()}
     if shape.endswith("aniso"):
         drawn["sigma_y"] = config.sigma.draw(frames, rng).tolist()
         drawn["rotation"] = config.rotation.draw(frames, rng).tolist()
     if not shape.startswith(("iso", "aniso")):
-        beta = config.beta_plateau if shape.startswith("plateau") else config.beta_gaussian
-        drawn["beta"] = beta.draw(frames, rng).tolist()
-    return drawn
+        drawn["beta"] = draw_beta(config, shape, frames, rng)
+    return drawn | {"clip": config.clip}
+
+
+def draw_beta(config: Blur, shape: str, frames: int, rng: np.random.Generator) -> list[float]:
+    """Exponents of one clip by `config.beta`: "walk" starts anywhere in the range; "halves" starts below 1 or
+    above 1 with even chances (Real-ESRGAN); "redraw" walks, but uses a fresh value between 1 and where the
+    walk is in every frame (what RealBasicVSR's code does)."""
+    walk = config.beta_plateau if shape.startswith("plateau") else config.beta_gaussian
+    if config.beta == "halves":
+        low, high = (walk.low, 1.0) if rng.uniform() < 0.5 else (1.0, walk.high)
+        return walk.draw(frames, rng, start=rng.uniform(low, high)).tolist()
+    beta = walk.draw(frames, rng)
+    if config.beta == "redraw":
+        beta = 1 + rng.uniform(size=frames) * (beta - 1)
+    return beta.tolist()
 
 
 def kernels(params: dict) -> torch.Tensor:
@@ -107,34 +108,75 @@ def kernels(params: dict) -> torch.Tensor:
     )
 
 
-def apply(frames: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Blurs every frame with its own kernel, borders mirrored.
+@lru_cache(maxsize=256)
+def _fast_length(least: int) -> int:
+    """The smallest length of a fast Fourier transform: 8 times a product of 2, 3 and 5, at least `least`."""
+    length = -(-least // 8)
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return 8 * length
+        length += 1
 
-    `frames` `F C H W` in [0, 1], `kernel` `F kh kw` (odd sizes). Returns the same shape, clipped to [0, 1]:
-    a sinc kernel overshoots.
+
+def convolve(frame: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Blurs `C H W` with one kernel `k k` (odd, symmetric about its centre), borders mirrored.
+
+    By Fourier transform: its time does not depend on the kernel's size, and no kernel here has so few taps
+    that a convolution would be faster.
     """
-    f, c, h, w = frames.shape
-    kh, kw = kernel.shape[-2:]
-    x = _mirror(frames, kh // 2, kw // 2)
-    weight = kernel[:, None].expand(f, c, kh, kw).reshape(f * c, 1, kh, kw)
-    out = F.conv2d(x.reshape(1, f * c, *x.shape[-2:]), weight, groups=f * c)
-    return out.reshape(f, c, h, w).clamp_(0, 1)
+    height, width = frame.shape[1:]
+    size = len(kernel)
+    reach = size // 2
+    if reach < min(height, width):
+        wide = F.pad(frame, (reach,) * 4, mode="reflect")
+    else:  # torch refuses a border as wide as the picture, which small second-stage frames do have
+        wide = frame.index_select(1, linear.mirror_index(height, reach, reach))
+        wide = wide.index_select(2, linear.mirror_index(width, reach, reach))
+    shape = tuple(_fast_length(side) for side in wide.shape[1:])
+    spectrum = torch.fft.rfft2(wide, s=shape).mul_(torch.fft.rfft2(kernel, s=shape))
+    # Only the first size - 1 outputs of every line are touched by what wraps around.
+    blurred = torch.fft.irfft2(spectrum, s=shape)
+    return blurred[:, size - 1 : size - 1 + height, size - 1 : size - 1 + width]
 
 
-def sharpen(frames: torch.Tensor, config: Sharpen) -> torch.Tensor:
-    """Unsharp mask: adds `weight` of the detail where it exceeds `threshold`, with a softened mask.
+def convolve_separable(frame: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Blurs `C H W` with the product of `taps` (odd count, symmetric) along rows and columns."""
+    return linear.separable(frame, *(linear.filtering(taps, side) for side in frame.shape[1:]))
 
-    `frames` `F C H W` in [0, 1], same out, clipped.
-    """
-    sigma = 0.3 * ((config.kernel - 1) * 0.5 - 1) + 0.8  # OpenCV's sigma for a kernel size
-    axis = torch.arange(config.kernel, dtype=torch.float64) - config.kernel // 2
+
+def apply(frames: Iterable[Frame], params: dict) -> Iterator[torch.Tensor]:
+    """Blurs every frame with the kernel that `draw` gave it."""
+    overshoots = params["shape"] == "sinc" and params["clip"]
+    for frame, kernel in zip(frames, kernels(params), strict=False):
+        if params["shape"] == "iso":  # the only family that is a product
+            yield convolve_separable(planes(frame), kernel.sum(0))
+        else:
+            blurred = convolve(planes(frame), kernel)
+            yield blurred.clamp_(0, 1) if overshoots else blurred
+
+
+def draw_sharpen(config: Sharpen) -> dict:
+    return {"kernel": config.kernel, "weight": config.weight, "threshold": config.threshold}
+
+
+@lru_cache(maxsize=4)
+def _smoothing(kernel: int, size: int) -> linear.Band:
+    sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8  # OpenCV's sigma for a kernel size
+    axis = torch.arange(kernel, dtype=torch.float64) - kernel // 2
     taps = torch.exp(-0.5 * (axis / sigma) ** 2)
-    taps = (taps / taps.sum()).float().expand(len(frames), -1)
+    return linear.filtering((taps / taps.sum()).float(), size)
 
-    def smooth(x: torch.Tensor) -> torch.Tensor:
-        return apply(apply(x, taps[:, None, :]), taps[:, :, None])
 
-    detail = frames - smooth(frames)
-    mask = smooth((detail.abs() * 255 > config.threshold).to(frames.dtype))
-    sharp = (frames + config.weight * detail).clamp(0, 1)
-    return (mask * sharp + (1 - mask) * frames).clamp_(0, 1)
+def sharpen(frames: Iterable[Frame], params: dict) -> Iterator[torch.Tensor]:
+    """Unsharp mask: adds `weight` of the detail where it exceeds `threshold`, with a softened mask."""
+    for frame in frames:
+        x = planes(frame)
+        smoothing = tuple(_smoothing(params["kernel"], side) for side in x.shape[1:])
+        detail = linear.separable(x, *smoothing).sub_(x).neg_()
+        mask = linear.separable((detail.abs() > params["threshold"] / 255).float(), *smoothing)
+        sharp = torch.add(x, detail, alpha=params["weight"], out=detail).clamp_(0, 1)
+        yield torch.lerp(x, sharp, mask)

@@ -1,111 +1,31 @@
-"""What a degradation draws from: ranges, probabilities and the bound of every per-frame walk.
+"""The presets: what is done to a clip, in which order, and how much.
 
-A preset is a plain frozen value. `realbasicvsr` follows the second-order *video* degradation of RealBasicVSR
-(Chan et al. 2022; ranges of its published training configuration), which FlashVSR names as its own. Where
-that code does something it plainly did not mean, we do what it meant and say so beside the number.
+A preset is a plain tuple of steps. `realbasicvsr` follows the second-order *video* degradation of
+RealBasicVSR (Chan et al. 2022; ranges of its published training configuration), which FlashVSR names as its
+own. Where that code does something it plainly did not mean, we do what it meant; `realbasicvsr-legacy` does
+what it does (docs/degradation.md lists both). Sizes, probabilities and ranges stand here and nowhere else.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
-
+from data.degradation.steps import (
+    Blur,
+    Chroma,
+    Codec,
+    Grain,
+    Jpeg,
+    Noise,
+    Preset,
+    Resize,
+    Sharpen,
+    Shuffled,
+    ToLR,
+    Walk,
+)
 from flashvsr.base.cli import UserError
 
 PI = math.pi
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A range and how far one value in it may move from one frame to the next."""
-
-    low: float
-    high: float
-    step: float
-
-    def draw(self, frames: int, rng: np.random.Generator, start: float | None = None) -> np.ndarray:
-        """One value per frame, float64 `[frames]`.
-
-        Frame 0 is `start` (drawn from U(low, high) when None); every next frame adds U(-step, step) and is
-        clipped to the range. Always draws the same count of random numbers for the same arguments.
-        """
-        first = rng.uniform(self.low, self.high) if start is None else start
-        moves = rng.uniform(-self.step, self.step, size=max(frames - 1, 0))
-        values = np.empty(frames)
-        values[0] = first
-        for i, move in enumerate(moves):
-            values[i + 1] = min(max(values[i] + move, self.low), self.high)
-        return values
-
-
-@dataclass(frozen=True)
-class Sharpen:
-    """Unsharp mask on the frames that are degraded (never on the training target)."""
-
-    kernel: int  # taps of the Gaussian; its sigma follows from them as in OpenCV
-    weight: float
-    threshold: float  # in 8-bit levels: differences below it are left alone
-
-
-@dataclass(frozen=True)
-class Blur:
-    probability: float
-    sizes: tuple[int, ...]
-    shapes: tuple[tuple[str, float], ...]  # (kernel shape, probability), see blur.SHAPES
-    sigma: Walk
-    rotation: Walk
-    beta_gaussian: Walk
-    beta_plateau: Walk
-    omega_small: Walk  # cut-off of a sinc kernel below 13 taps, radians per pixel
-    omega_large: Walk  # from 13 taps on
-
-
-@dataclass(frozen=True)
-class Resize:
-    directions: tuple[tuple[str, float], ...]  # (up | down | keep, probability)
-    scale: Walk
-    filters: tuple[str, ...]  # drawn evenly; also used by the last resize to the LR size
-
-
-@dataclass(frozen=True)
-class Noise:
-    kinds: tuple[tuple[str, float], ...]  # (gaussian | poisson, probability)
-    gray: float  # probability that all three channels get the same noise
-    sigma: Walk  # Gaussian, in 8-bit levels
-    scale: Walk  # Poisson: noise standard deviation is about 11.3 levels x scale at mid-gray
-
-
-@dataclass(frozen=True)
-class Jpeg:
-    quality: Walk
-
-
-@dataclass(frozen=True)
-class Codec:
-    """One trip through a video codec."""
-
-    names: tuple[tuple[str, float], ...]  # (PyAV encoder, probability)
-    bits: tuple[int, int]  # bits per frame, evenly drawn, at an HR area of 256 x 256; scales with the area
-
-
-@dataclass(frozen=True)
-class Stage:
-    blur: Blur
-    resize: Resize
-    noise: Noise
-    jpeg: Jpeg
-    codec: Codec
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sharpen, stage 1 (ends in its codec), stage 2, then codec and {last resize, sinc} in random order."""
-
-    sharpen: Sharpen
-    first: Stage
-    second: Stage
-    final_sinc: Blur
-
 
 _SHAPES = (
     ("iso", 0.405),
@@ -117,22 +37,28 @@ _SHAPES = (
     ("sinc", 0.1),
 )
 _FILTERS = ("bilinear", "area", "bicubic")
+_SHARPEN = Sharpen(kernel=51, weight=0.5, threshold=10.0)
 
 
-def _blur(probability: float, sigma: float, shapes=_SHAPES, small_omega_everywhere: bool = False) -> Blur:
-    small = Walk(PI / 3, PI, PI / 50)
+def _blur(probability: float, sigma: float) -> Blur:
     return Blur(
         probability=probability,
         sizes=(7, 9, 11, 13, 15, 17, 19, 21),
-        shapes=shapes,
+        shapes=_SHAPES,
         sigma=Walk(0.2, sigma, 0.02),
         rotation=Walk(-PI, PI, PI / 10),
-        # The published code redraws beta between 1 and its value at every frame; ours walks like the rest.
         beta_gaussian=Walk(0.5, 4.0, 0.05),
         beta_plateau=Walk(1.0, 2.0, 0.1),
-        omega_small=small,
-        omega_large=small if small_omega_everywhere else Walk(PI / 5, PI, PI / 50),
+        omega_small=Walk(PI / 3, PI, PI / 50),
+        omega_large=Walk(PI / 5, PI, PI / 50),
     )
+
+
+_SINC = replace(_blur(0.8, 1.5), shapes=(("sinc", 1.0),), omega_large=Walk(PI / 3, PI, PI / 50))
+
+
+def _resize(up: float, down: float, keep: float, scale: Walk, of: str = "frame") -> Resize:
+    return Resize((("up", up), ("down", down), ("keep", keep)), scale, _FILTERS, of)
 
 
 def _noise(sigma: float, scale: float) -> Noise:
@@ -148,26 +74,104 @@ def _noise(sigma: float, scale: float) -> Noise:
 _CODEC = Codec(names=(("libx264", 2 / 3), ("mpeg4", 1 / 3)), bits=(10_000, 100_000))
 _JPEG = Jpeg(quality=Walk(30, 95, 3))
 
-REALBASICVSR = Preset(
-    sharpen=Sharpen(kernel=51, weight=0.5, threshold=10.0),
-    first=Stage(
-        blur=_blur(1.0, 3.0),
-        resize=Resize((("up", 0.2), ("down", 0.7), ("keep", 0.1)), Walk(0.15, 1.5, 0.015), _FILTERS),
-        noise=_noise(30.0, 3.0),
-        jpeg=_JPEG,
-        codec=_CODEC,
-    ),
-    second=Stage(
-        blur=_blur(0.8, 1.5),
-        resize=Resize((("up", 0.3), ("down", 0.4), ("keep", 0.3)), Walk(0.3, 1.2, 0.03), _FILTERS),
-        noise=_noise(25.0, 2.5),
-        jpeg=_JPEG,
-        codec=_CODEC,
-    ),
-    final_sinc=_blur(0.8, 1.5, shapes=(("sinc", 1.0),), small_omega_everywhere=True),
+REALBASICVSR: Preset = (
+    _SHARPEN,
+    _blur(1.0, 3.0),
+    _resize(0.2, 0.7, 0.1, Walk(0.15, 1.5, 0.015)),
+    _noise(30.0, 3.0),
+    _JPEG,
+    _CODEC,
+    _blur(0.8, 1.5),
+    _resize(0.3, 0.4, 0.3, Walk(0.3, 1.2, 0.03)),
+    _noise(25.0, 2.5),
+    _JPEG,
+    Shuffled((_CODEC,), (ToLR(_FILTERS), _SINC)),
 )
 
-PRESETS = {"realbasicvsr": REALBASICVSR}
+
+def changed(preset: Preset, change) -> Preset:
+    """The preset with every step replaced by `change(step)`, those inside groups too."""
+    return tuple(
+        Shuffled(changed(step.one, change), changed(step.other, change))
+        if isinstance(step, Shuffled)
+        else change(step)
+        for step in preset
+    )
+
+
+def _legacy(step):
+    if isinstance(step, Blur):
+        return replace(step, beta="redraw", clip=False)
+    if isinstance(step, Resize | ToLR | Noise):
+        return replace(step, clip=False)
+    if isinstance(step, Jpeg):
+        return replace(step, whole_steps=True, swapped=True)
+    if isinstance(step, Codec):
+        return replace(step, scaled=False, wrap=True)
+    return step
+
+
+def _still(walk: Walk) -> Walk:
+    return replace(walk, step=0.0)
+
+
+def _dove(step):
+    """Parameters hold for a clip, except JPEG's quality. DOVE runs the Poisson law on values of 0 to 255,
+    which is 1/sqrt(255) of its strength."""
+    if isinstance(step, Blur):
+        names = ("sigma", "rotation", "beta_gaussian", "beta_plateau", "omega_small", "omega_large")
+        return replace(step, **{name: _still(getattr(step, name)) for name in names})
+    if isinstance(step, Resize):
+        return replace(step, scale=_still(step.scale))
+    if isinstance(step, Noise):
+        weak = Walk(step.scale.low / math.sqrt(255), step.scale.high / math.sqrt(255), 0.0)
+        return replace(step, sigma=_still(step.sigma), scale=weak)
+    return step
+
+
+# Real-ESRGAN's generator of pairs (Wang et al. 2021): no codec; the second resize is relative to the LR size;
+# exponents start below 1 as often as above. It knows single images: the walks are RealBasicVSR's.
+REALESRGAN: Preset = (
+    _SHARPEN,
+    replace(_blur(1.0, 3.0), beta="halves"),
+    _resize(0.2, 0.7, 0.1, Walk(0.15, 1.5, 0.015)),
+    _noise(30.0, 3.0),
+    _JPEG,
+    replace(_blur(0.8, 1.5), beta="halves"),
+    _resize(0.3, 0.4, 0.3, Walk(0.3, 1.2, 0.03), of="lr"),
+    _noise(25.0, 2.5),
+    Shuffled((ToLR(_FILTERS), _SINC), (_JPEG,)),
+)
+
+_UPLOAD = Codec(
+    names=(("libx264", 0.6), ("libx265", 0.4)),
+    bits=(2_500, 40_000),  # 0.04 to 0.6 bits per HR pixel: poor streaming to good cameras
+    logarithmic=True,
+    fps=25,
+    speed="veryfast",  # about what hardware encoders and upload servers spend
+)
+
+# Ours: a lens, a sensor or film, then two or three encodings with a resize between them. Mild where the
+# others are harsh, because codecs do most of the damage to today's footage.
+MODERN: Preset = (
+    replace(_blur(0.8, 2.0), sizes=(7, 9, 11, 13)),
+    _resize(0.0, 0.7, 0.3, Walk(0.3, 1.0, 0.005)),
+    Grain(0.35, strength=Walk(2.0, 14.0, 0.1), size=Walk(0.4, 1.4, 0.01), color=0.3),
+    replace(_noise(10.0, 1.0), kinds=(("gaussian", 0.3), ("poisson", 0.7)), gray=0.2, probability=0.5),
+    _UPLOAD,
+    Chroma(0.3, forms=(("4:2:0", 0.6), ("4:2:2", 0.2), ("4:1:1", 0.2)), filters=("nearest", "bilinear")),
+    _resize(0.2, 0.4, 0.4, Walk(0.5, 1.2, 0.005)),
+    _UPLOAD,
+    Shuffled((replace(_UPLOAD, probability=0.5),), (ToLR(_FILTERS), replace(_SINC, probability=0.3))),
+)
+
+PRESETS: dict[str, Preset] = {
+    "realbasicvsr": REALBASICVSR,
+    "realbasicvsr-legacy": changed(REALBASICVSR, _legacy),
+    "realesrgan": REALESRGAN,
+    "dove": changed(REALBASICVSR[1:], _dove),  # without the sharpening
+    "modern": MODERN,
+}
 
 
 def preset(name: str) -> Preset:
@@ -175,9 +179,3 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"unknown degradation preset '{name}': choose one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]
-
-
-def choose(options: tuple[tuple[str, float], ...], rng: np.random.Generator) -> str:
-    """One name out of `(name, probability)` pairs; the probabilities need not sum to one exactly."""
-    weights = np.cumsum([p for _, p in options])
-    return options[int(np.searchsorted(weights, rng.uniform(0, weights[-1]), side="right"))][0]

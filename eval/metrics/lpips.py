@@ -8,6 +8,7 @@ seed, and the metric is then called `lpips-random`: good enough to see a road wo
 
 import math
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from eval.metrics.frames import matched_frames
 from flashvsr.base.cli import UserError
+from flashvsr.base.operators import declare_torchvision
 
 # The names torchvision gives the ImageNet checkpoints it downloads into torch's hub cache.
 _CHECKPOINTS = {"alex": "alexnet-owt-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
-_stub: torch.library.Library | None = None  # must outlive torchvision, which looks its operators up lazily
 
 
 class Lpips(nn.Module):
@@ -134,35 +135,12 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
 
 
 def import_lpips():
-    """Import lpips, also beside a torchvision whose compiled operators do not fit this torch.
-
-    torchvision fails at import when its C++ library does not load (a CUDA wheel beside a CPU torch), for want
-    of two operators that LPIPS never calls; declaring them is enough.
-    """
-    global _stub
-    from importlib.util import find_spec
-
-    spec = find_spec("torchvision")
-    if spec is None or find_spec("lpips") is None:
+    """Import lpips, also beside a torchvision whose compiled operators do not fit this torch."""
+    if find_spec("torchvision") is None or find_spec("lpips") is None:
         raise UserError(
             "LPIPS needs the packages lpips and torchvision: pip install -c constraints.txt '.[metrics]'"
         )
-    if _stub is None and not _operators_load(Path(spec.origin).parent):
-        _stub = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            _stub.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declare_torchvision()
     import lpips
 
     return lpips
-
-
-def _operators_load(folder: Path) -> bool:
-    if hasattr(torch.ops.torchvision, "nms"):
-        return True
-    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
-        try:
-            torch.ops.load_library(library)
-            return True
-        except OSError:
-            continue
-    return False

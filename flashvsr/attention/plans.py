@@ -25,7 +25,7 @@ from flashvsr.attention.dense import dense_attention
 from flashvsr.attention.layout import Block, check_grid, from_blocks, to_blocks
 from flashvsr.attention.ring import Ring
 from flashvsr.attention.selection import Selection, causal_chunks, pool, select
-from flashvsr.models.rope import cos_sin, grid_angles
+from flashvsr.models.rope import grid_rope
 
 Grid = tuple[int, int, int]
 CHUNK = 2  # latents in a chunk
@@ -42,8 +42,15 @@ class Plan(Protocol):
 
 
 def training_ratio(sparse_ratio: float | None, area: int, height: int, width: int) -> float | None:
-    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area of the student's training."""
-    return None if sparse_ratio is None else sparse_ratio * area / (height * width)
+    """The top-k ratio at an output size: sparse_ratio * A / (H * W), A the area of the student's training.
+
+    For the release's area the product is rounded after each side, as its scripts do: at a sparse_ratio of 1.4
+    or 1.9 `sparse_ratio * (768 * 1280)` ends one pair away at most sizes.
+    """
+    if sparse_ratio is None:
+        return None
+    scaled = sparse_ratio * 768 * 1280 if area == 768 * 1280 else sparse_ratio * area
+    return scaled / (height * width)
 
 
 class PackedDense:
@@ -52,8 +59,8 @@ class PackedDense:
     def __init__(self, grids: Sequence[Grid], head_dim: int, device: torch.device | str = "cpu"):
         self.grids = list(grids)
         self.sizes = [f * h * w for f, h, w in self.grids]
-        per_segment = [grid_angles(torch.arange(f), h, w, head_dim).flatten(0, 2) for f, h, w in self.grids]
-        self.rope = cos_sin(torch.cat(per_segment), device)
+        ropes = [grid_rope(torch.arange(f), h, w, head_dim, device) for f, h, w in self.grids]
+        self.rope = tuple(torch.cat([x.flatten(0, 2) for x in part]) for part in zip(*ropes, strict=True))
 
     def pack(self, grids: Sequence[Tensor]) -> Tensor:
         return torch.cat([g.flatten(1, 3) for g in grids], 1)
@@ -77,16 +84,24 @@ class _Blocked:
     """What the two block-sparse plans share: one clip in block order."""
 
     def __init__(
-        self, grid: Grid, first_latent: int, block: Block, head_dim: int, device: torch.device | str
+        self,
+        grid: Grid,
+        first_latent: int,
+        block: Block,
+        head_dim: int,
+        local: Tensor | None,
+        device: torch.device | str,
     ):
         check_grid(grid, block)
+        self.local = local
+        self.allowed = None if local is None else int(local.sum())
         self.grid, self.block = grid, block
         self.block_tokens = block[0] * block[1] * block[2]
         self.per_chunk = (grid[1] // block[1]) * (grid[2] // block[2])
         self.chunk_tokens = self.per_chunk * self.block_tokens
         frames = torch.arange(first_latent, first_latent + grid[0])
-        order = to_blocks(grid_angles(frames, grid[1], grid[2], head_dim)[None], block)[0]
-        self.rope = cos_sin(order, device)
+        rope = grid_rope(frames, grid[1], grid[2], head_dim, device)
+        self.rope = tuple(to_blocks(x[None], block)[0] for x in rope)
 
     def pack(self, grids: Sequence[Tensor]) -> Tensor:
         (grid,) = grids
@@ -118,8 +133,8 @@ class SparseCausal(_Blocked):
         backend: str = "auto",
         device: torch.device | str = "cpu",
     ):
-        super().__init__(grid, 0, block, head_dim, device)
-        self.ratio, self.local, self.backend = ratio, local, backend
+        super().__init__(grid, 0, block, head_dim, local, device)
+        self.ratio, self.backend = ratio, backend
         chunks = grid[0] // CHUNK
         seen = causal_chunks(chunks, chunks if window is None else window)
         self.visible = [row.nonzero().flatten().tolist() for row in seen]
@@ -138,6 +153,7 @@ class SparseCausal(_Blocked):
             block_tokens=self.block_tokens,
             ratio=self.ratio,
             local=self.local,
+            allowed=self.allowed,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -169,9 +185,9 @@ class CachedStreaming(_Blocked):
         backend: str = "auto",
         device: torch.device | str = "cpu",
     ):
-        super().__init__(grid, first_latent, block, head_dim, device)
+        super().__init__(grid, first_latent, block, head_dim, local, device)
         first = first_latent // CHUNK
-        self.ring, self.ratio, self.local, self.backend = ring, ratio, local, backend
+        self.ring, self.ratio, self.backend = ring, ratio, backend
         self.chunks = list(range(first, first + grid[0] // CHUNK))
         self.selections: dict[int, Selection] = {}
 
@@ -190,6 +206,7 @@ class CachedStreaming(_Blocked):
             block_tokens=self.block_tokens,
             ratio=self.ratio,
             local=self.local,
+            allowed=self.allowed,
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ be empty. No gradient passes. Source: released code; DESIGN section 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -141,26 +142,27 @@ def budget(per_chunk: int, pairs: int, ratio: float) -> int:
 def choose(
     q: Tensor, k: Tensor, *, per_chunk: int, ratio: float | None, local: Tensor | None = None
 ) -> Tensor:
-    """The pairs kept by one query chunk: boolean `B heads s K`.
+    """The pairs kept by one query chunk: boolean `... s K`.
 
-    q: pooled queries of the chunk `B heads s d`; k: pooled keys of all visible chunks `B heads K d`, time
-    order; local: allowed pairs `s s`, the same for every visible chunk; ratio None keeps every legal pair.
+    q: pooled queries of the chunk `... s d`; k: pooled keys of all visible chunks `... K d`, time order;
+    local: allowed pairs `s s`, the same for every visible chunk; ratio None keeps every legal pair.
     """
-    keys = k.shape[2]
+    keys = k.shape[-2]
     legal = None if local is None else local.repeat(1, keys // per_chunk)
     if ratio is None:
-        everything = torch.ones(*q.shape[:3], keys, dtype=torch.bool, device=q.device)
+        everything = torch.ones(*q.shape[:-1], keys, dtype=torch.bool, device=q.device)
         return everything if legal is None else everything & legal
     with torch.autocast(q.device.type, enabled=False):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if legal is not None:
-        scores = scores.masked_fill(~legal, -torch.inf)
+        scores = scores.masked_fill_(~legal, -torch.inf)
     p = scores.softmax(-1)
     flat = p.flatten(-2)
     keep = budget(per_chunk, flat.shape[-1], ratio)
     if keep >= flat.shape[-1]:
         return p > 0
-    threshold = flat.topk(keep + 1, dim=-1, sorted=True).values[..., -1]
+    # the (keep + 1)-th largest: found by selection, nothing is sorted
+    threshold = flat.topk(keep + 1, dim=-1, sorted=False).values.amin(-1)
     return p > threshold[..., None, None]
 
 
@@ -169,26 +171,61 @@ def select(
     q: Tensor,
     key_chunks: Callable[[Sequence[int]], Tensor],
     visible: Sequence[Sequence[int]],
-    columns_of: Sequence[int],
+    columns_of: Sequence[int] | Mapping[int, int],
     *,
     key_blocks: int,
     per_chunk: int,
     block_tokens: int,
     ratio: float | None,
     local: Tensor | None = None,
+    allowed: int | None = None,
 ) -> Selection:
-    """Chooses for every query chunk.
+    """Chooses for every query chunk; on a GPU without waiting for it (with `local` if `allowed` is given).
 
     q: pooled queries `B heads (chunks s) d`; visible: per query chunk, the visible key chunks in time
     order; `key_chunks(list)` gives their pooled keys; `columns_of[chunk]` is the first key block of a
-    chunk in the key tensor handed to attention (a ring need not be in time order).
+    chunk in the key tensor handed to attention (a ring need not be in time order); allowed: how many pairs
+    `local` allows.
     """
     b, heads, blocks, _ = q.shape
-    mask = torch.zeros(b, heads, blocks, key_blocks, dtype=torch.bool, device=q.device)
-    offsets = torch.arange(per_chunk, device=q.device)
-    for i, chunks in enumerate(visible):
-        rows = slice(i * per_chunk, (i + 1) * per_chunk)
-        kept = choose(q[:, :, rows], key_chunks(chunks), per_chunk=per_chunk, ratio=ratio, local=local)
-        columns = torch.cat([columns_of[c] + offsets for c in chunks])
-        mask[:, :, rows, columns] = kept
-    return Selection.from_mask(mask, block_tokens)
+    q = q.unflatten(2, (-1, per_chunk))
+    within = torch.arange(per_chunk, device=q.device)
+    kept, columns, at = [], [], 0
+    for _, run in groupby(visible, len):  # chunks that see equally many go together
+        sets = list(run)
+        if all(chunks == sets[0] for chunks in sets):
+            keys = key_chunks(sets[0])[:, :, None]
+        else:
+            keys = torch.stack([key_chunks(chunks) for chunks in sets], 2)
+        part = q[:, :, at : at + len(sets)]
+        kept.append(choose(part, keys, per_chunk=per_chunk, ratio=ratio, local=local))
+        first = torch.tensor([[columns_of[c] for c in chunks] for chunks in sets], device=q.device)
+        columns.append((first[..., None] + within).flatten(1))
+        at += len(sets)
+    if allowed is None:
+        allowed = per_chunk * per_chunk if local is None else int(local.sum())
+    most = [allowed * len(chunks) for chunks in visible]
+    if ratio is not None:
+        budgets = [budget(per_chunk, per_chunk * per_chunk * len(chunks), ratio) for chunks in visible]
+        most = [min(pair) for pair in zip(most, budgets, strict=True)]
+    return _compress(kept, columns, b * heads * sum(most), key_blocks, block_tokens)
+
+
+def _compress(
+    kept: list[Tensor], columns: list[Tensor], most: int, key_blocks: int, block_tokens: int
+) -> Selection:
+    """Compressed rows of runs of query chunks: `kept` boolean `B heads chunks s K`, `columns` the key block
+    of each of the K, `chunks K`; altogether at most `most` pairs are kept."""
+    inside = [mask.cumsum(-1, dtype=torch.int32) for mask in kept]
+    counts = torch.cat([x[..., -1].flatten(2) for x in inside], 2)
+    before = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
+    # one entry more, where all that is not kept goes
+    flat = torch.zeros(most + 1, dtype=column_dtype(key_blocks), device=counts.device)
+    at = 0
+    for mask, x, column in zip(kept, inside, columns, strict=True):
+        rows = mask.shape[2] * mask.shape[3]
+        first = before[:, :, at : at + rows].view(*mask.shape[:-1], 1)
+        position = (first + x - 1).masked_fill_(~mask, most)
+        flat.scatter_(0, position.flatten(), column[:, None].to(flat.dtype).expand(mask.shape).flatten())
+        at += rows
+    return Selection(counts, flat[:most], key_blocks, block_tokens)

@@ -55,6 +55,10 @@ img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 .compare .whole i { position: absolute; border: 2px solid var(--mark); border-radius: 2px;
   pointer-events: none; }
 @media (max-width: 800px) { .compare { grid-template-columns: repeat(min(var(--n), 2), minmax(0, 1fr)); } }
+.gallery { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
+.gallery figure { margin: 0; }
+.gallery figcaption { overflow-wrap: anywhere; line-height: 1.35; }
+.gallery img { width: 100%; }
 #big { position: fixed; inset: 0; display: none; place-items: center; background: #000d; cursor: zoom-out; }
 #big.open { display: grid; }
 #big img { width: 96vw; height: 88vh; object-fit: contain; image-rendering: pixelated; }
@@ -202,6 +206,28 @@ class Page:
             caption=caption,
         )
 
+    def gallery(self, pictures: Sequence[tuple[str, np.ndarray]]) -> None:
+        """Many small pictures (caption, uint8 [H, W, 3]) in rows, compressed; a caption may have lines."""
+        shown = [(caption.split("\n"), _jpeg_uri(_pixels(picture))) for caption, picture in pictures]
+        self._add(
+            '<div class="gallery">{% for lines, uri in shown %}<figure><img src="{{ uri }}" '
+            'alt="{{ lines[0] }}"><figcaption>{% for line in lines %}{{ line }}<br>{% endfor %}'
+            "</figcaption></figure>{% endfor %}</div>",
+            shown=shown,
+        )
+
+    def histograms(self, panels: Sequence[tuple[str, Sequence[float], float | None]]) -> None:
+        """How values are distributed: panels (title, values, where to draw a line or None), three in a
+        row."""
+        light, dark = (_histograms(panels, ink) for ink in ("#1d2329", "#e4e8ec"))
+        self._add(
+            '<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">'
+            '<img src="{{ light }}" alt="{{ names }}"></picture></figure>',
+            light=light,
+            dark=dark,
+            names=", ".join(title for title, _, _ in panels),
+        )
+
     def curves(
         self,
         series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -273,6 +299,41 @@ def _png_uri(picture: bytes | np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
+def _jpeg_uri(picture: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "jpeg", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _histograms(panels: Sequence[tuple[str, Sequence[float], float | None]], ink: str) -> str:
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False).flat
+    for axes, (title, values, mark) in zip(grid, panels, strict=False):
+        axes.hist(values, bins=min(40, max(10, len(set(values)))), color="#4b8bbe")
+        if mark is not None:
+            axes.axvline(mark, color="#e5484d", linewidth=1.4)
+        axes.set_title(title, color=ink, fontsize=10)
+    for axes in list(grid):
+        axes.set_visible(False)
+    for axes in figure.axes:
+        axes.tick_params(colors=ink, which="both", labelsize=8)
+        for side, spine in axes.spines.items():
+            spine.set_color(ink)
+            spine.set_visible(side in ("left", "bottom"))
+    return _svg_uri(figure)
+
+
+def _svg_uri(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def _plot(series: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool, ink: str) -> str:
     # Figure without pyplot: no global state and no window system.
     from matplotlib.figure import Figure
@@ -292,9 +353,7 @@ def _plot(series: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool, ink:
         spine.set_visible(side in ("left", "bottom"))
     if series:
         axes.legend(frameon=False, labelcolor=ink)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _svg_uri(figure)
 
 
 def _is_number(value: Any) -> bool:

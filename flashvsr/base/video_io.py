@@ -6,7 +6,6 @@ tagged BT.709, limited range.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from flashvsr.base.cli import UserError
+from flashvsr.base.demux import Keyframes, numbered, opened
 from flashvsr.base.files import atomic, atomic_dir
+from flashvsr.base.pixels import Box, ToRGB, cut
 from flashvsr.base.stills import (
     FRAME_NAME,
     Source,
@@ -51,9 +52,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 STILL_FPS = Fraction(25)  # images and folders of frames know no frame rate
 
-# Of these every packet is one picture with its own time stamp, so frame k is found without decoding 0..k-1.
-_SEEKABLE = frozenset(("h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "prores", "ffv1", "dnxhd"))
-
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -74,24 +72,40 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
-def list_clips(folder: str | Path) -> list[Path]:
+def list_clips(folder: str | Path, unreadable: list[tuple[str, str]] | None = None) -> list[Path]:
     """All clips under a folder, in natural order: video files, single images, folders of frames.
 
     A folder of numbered images of one size is one clip; images of several sizes are a clip each. Hidden
-    files are passed over. A file is its own list. UserError when the path does not exist.
+    files are passed over. A file is its own list. Links are followed, in circles once. UserError when the path
+    does not exist. A folder that may not be read raises OSError, or goes to `unreadable` as (name, reason).
     """
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist; check the path")
     if folder.is_file():
         return [folder] if is_video(folder) or is_image(folder) else []
-    items = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
-    if is_frame_folder(folder) and not any(p.is_dir() or is_video(p) for p in items):
-        return [folder]
+    return _list_folder(folder, frozenset(), unreadable)
+
+
+def _list_folder(
+    folder: Path, above: frozenset[Path], unreadable: list[tuple[str, str]] | None
+) -> list[Path]:
+    real = folder.resolve()
+    if real in above:
+        return []
+    try:
+        items = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural)
+        if is_frame_folder(folder) and not any(p.is_dir() or is_video(p) for p in items):
+            return [folder]
+    except OSError as error:
+        if unreadable is None:
+            raise
+        unreadable.append((folder.name, f"the folder cannot be read ({error.strerror})"))
+        return []
     clips: list[Path] = []
     for item in items:
-        if item.is_dir() and not (item.is_symlink() and folder.resolve().is_relative_to(item.resolve())):
-            clips += list_clips(item)
+        if item.is_dir():
+            clips += _list_folder(item, above | {real}, unreadable)
         elif item.is_file() and (is_video(item) or is_image(item)):
             clips.append(item)
     return clips
@@ -106,7 +120,7 @@ def probe(path: Source) -> VideoInfo:
         files = [path] if is_picture(path) else frames_of(Path(path))
         height, width = read_image(files[0]).shape[:2]
         return VideoInfo(len(files), STILL_FPS, height, width, 0, False, len(files) / float(STILL_FPS))
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
             raise UserError(f"{name_of(path)} holds no decodable frame; replace or leave out the file")
@@ -130,13 +144,17 @@ def read_frames(
     count: int | None = None,
     stride: int = 1,
     size: tuple[int, int] | None = None,
+    keyframes: Keyframes = (),
+    crop: Box | None = None,
 ) -> Iterator[np.ndarray]:
     """Frames start, start + stride, ... (`count` of them, or to the end) as uint8 [H, W, 3] RGB, upright.
 
     Frames are counted as they are shown; a variable rate neither repeats nor drops any. `size` = (h, w)
-    resizes (bicubic, antialiased) on the way. Takes a path, or a video's or image's bytes, or a binary file
-    object. Fewer frames come when the source ends earlier. UserError, naming the file, when it cannot be
-    read, at the latest at the frame concerned.
+    resizes (bicubic, antialiased) on the way, `crop` (top, left, height, width) then cuts: only that part of
+    a large frame is converted. Takes a path, or a video's or image's bytes, or a binary file object. Fewer
+    frames come when the source ends earlier. `keyframes` of a video, from
+    `flashvsr.base.demux.keyframes_of`, spare a pass over its packets before a seek. UserError, naming the
+    file, when it cannot be read, at the latest at the frame concerned.
     """
     if start < 0 or stride < 1 or (count is not None and count < 0):
         raise ValueError(
@@ -145,10 +163,12 @@ def read_frames(
     size = None if size is None else (int(size[0]), int(size[1]))
     stop = None if count is None else start + count * stride
     if is_picture(path):
-        return (read_image(path, size) for _ in itertools.islice(range(1), start, stop, stride))
-    if _is_folder(path):
-        return _read_folder(Path(path), start, stop, stride, size)
-    return _read_video(path, start, stop, stride, size)
+        images = (read_image(path, size) for _ in itertools.islice(range(1), start, stop, stride))
+    elif _is_folder(path):
+        images = _read_folder(Path(path), start, stop, stride, size)
+    else:
+        return _read_video(path, start, stop, stride, ToRGB(size, crop), keyframes)
+    return images if crop is None else (cut(image, crop) for image in images)
 
 
 def _is_folder(source: Source) -> bool:
@@ -171,118 +191,14 @@ def _read_folder(
 
 
 def _read_video(
-    source: Source, start: int, stop: int | None, stride: int, size: tuple[int, int] | None
+    source: Source, start: int, stop: int | None, stride: int, to_rgb: ToRGB, keyframes: Keyframes
 ) -> Iterator[np.ndarray]:
     """Decode in presentation order, beginning at the keyframe before `start` where that is exact."""
-    from av.video.reformatter import Interpolation, VideoReformatter
-
-    # Exact and alike on every CPU; swscale widens the bicubic filter when it shrinks.
-    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    flags |= Interpolation.BITEXACT
-    reformatter, shape = VideoReformatter(), None
-    for k, frame in _numbered(source, start, ahead=stop is None):
+    for k, frame in numbered(source, start, stop is None, keyframes):
         if stop is not None and k >= stop:
             break
-        if k < start or (k - start) % stride:
-            continue
-        turns = round(frame.rotation / 90) % 4
-        if shape is None:
-            shape = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
-        height, width = shape[::-1] if turns % 2 else shape
-        frame = reformatter.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1)
-        yield np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
-
-
-def _numbered(source: Source, start: int, ahead: bool) -> Iterator[tuple[int, Any]]:
-    """(number, decoded frame) in the order shown, from frame `start` or one before it; nothing when the
-    video ends before `start`. `ahead` decodes in threads, which pays when all frames are wanted."""
-    times = _times(source, start) if start else None
-    if times is not None and len(times) <= start:
-        return
-    if times is not None:
-        with _opened(source, ahead) as (container, stream):
-            frames = container.decode(stream)
-            first = _seek(container, stream, frames, times)
-            if first is not None:
-                yield from enumerate(itertools.chain([first[1]], frames), first[0])
-                return
-    with _opened(source, ahead) as (container, stream):
-        k = None
-        for k, frame in enumerate(container.decode(stream)):
-            yield k, frame
-        if k is None:
-            raise UserError(f"{name_of(source)} holds no decodable frame; replace or leave out the file")
-
-
-def _times(source: Source, start: int) -> list[tuple[int, bool]] | None:
-    """(time stamp, is keyframe) of frames 0..start in the order shown, read without decoding.
-
-    None where packets do not tell: then the caller decodes from the beginning.
-    """
-    with _opened(source) as (container, stream):
-        if stream.codec_context.name not in _SEEKABLE or container.format.name == "avi":
-            return None
-        seen: list[tuple[int, bool]] = []
-        last = None
-        for packet in container.demux(stream):
-            if packet.size == 0:  # the packet that ends the stream
-                continue
-            if packet.pts is None or packet.dts is None or packet.is_corrupt or packet.is_discard:
-                return None
-            if packet.pts < packet.dts or (last is not None and packet.dts <= last):
-                return None
-            last = packet.dts
-            seen.append((packet.pts, packet.is_keyframe))
-            # Later packets are shown no earlier than their dts, so none comes before frame `start` any more.
-            if len(seen) > start and len(seen) % 32 == 0 and sorted(seen)[start][0] < packet.dts:
-                break
-        if not seen or not seen[0][1] or min(seen)[0] < seen[0][0]:
-            return None  # frames shown before the first keyframe may not decode
-        ordered = sorted(seen)
-        if len({t for t, _ in ordered}) < len(ordered):
-            return None
-        return ordered[: start + 1]
-
-
-def _seek(
-    container: Any, stream: Any, frames: Iterator, times: list[tuple[int, bool]]
-) -> tuple[int, Any] | None:
-    """Seek to the last keyframe of `times`; (number, frame) of what comes first, None if that fails."""
-    number = {time: k for k, (time, _) in enumerate(times)}
-    key = max(k for k, (_, is_key) in enumerate(times) if is_key)
-    container.seek(times[key][0], stream=stream)
-    for frame in frames:
-        # Frames before the keyframe belong to the group before it and may be incomplete.
-        if number.get(frame.pts, -1) >= key:
-            return number[frame.pts], frame
-        if frame.pts is None or frame.pts > times[-1][0]:
-            break
-    return None
-
-
-@contextmanager
-def _opened(source: Source, ahead: bool = False) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream; what FFmpeg cannot read becomes a UserError naming the file."""
-    import av
-
-    name = name_of(source)
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
-        raise UserError(f"{name} does not exist; check the path")
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    elif not isinstance(source, (str, Path)):
-        source.seek(0)
-    try:
-        with av.open(source if hasattr(source, "read") else str(source)) as container:
-            streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
-            if not streams:
-                raise UserError(f"{name} has no video stream; give a video file")
-            if ahead:
-                streams[0].thread_type = "AUTO"
-            yield container, streams[0]
-    except av.error.FFmpegError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"{name} cannot be read as a video ({reason}); replace or leave it out") from error
+        if k >= start and not (k - start) % stride:
+            yield to_rgb(frame)
 
 
 class VideoWriter:

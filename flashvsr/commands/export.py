@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
     given = parser().parse_args(argv)
     out = Path(given.out) if given.out else Path(given.run) / "export"
-    parts = export(given.run, out)
+    parts = export(given.run, out, given.quiet)
     if given.quiet:
         return
     rows = [("part", "file", "from", "MB", "difference")]

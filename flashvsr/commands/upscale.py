@@ -105,6 +105,7 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
     import torch
 
     import flashvsr
+    from flashvsr.weights.folder import say
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = given.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -114,7 +115,11 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from None
     model = flashvsr.load(
-        given.model, dtype=getattr(torch, dtype), device=device, lr_projector=given.lr_projector
+        given.model,
+        dtype=getattr(torch, dtype),
+        device=device,
+        lr_projector=given.lr_projector,
+        note=(lambda sentence: None) if given.quiet else say,
     )
     if model.info.kind in ("teacher", "sparse"):
         settings = settings | {"on_step": _sampling_bar(stack, given.quiet)}

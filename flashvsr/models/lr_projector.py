@@ -10,8 +10,6 @@ and v1, checked in golden/):
     causal  two replicated frames in front of each convolution; streams; feature i sees 4i-5 ... 4i+4
     clip    one in front, one behind; whole clips only; feature i sees 4i-2 ... 4i+7
     buffer  every group of four alone, its own last two frames in front
-
-Each 3-D convolution is the sum of its four temporal taps as 2-D convolutions over frames.
 """
 
 from __future__ import annotations
@@ -31,16 +29,78 @@ PIXELS = 16
 def halve_time(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """A (4,3,3) convolution of stride (2,1,1), replicating at the spatial border, no padding in time.
 
-    `B T C h w` -> `B (T-4)//2+1 C' h w`.
+    `B T C h w` -> `B (T-4)//2+1 C' h w`. On a CPU the sum of its temporal taps, on a GPU matrix products.
     """
-    t_out = (x.shape[1] - 4) // 2 + 1
     padded = F.pad(x.flatten(0, 1), (1, 1, 1, 1), mode="replicate").unflatten(0, x.shape[:2])
+    return (by_products if x.device.type == "cuda" else by_taps)(padded, conv.weight, conv.bias)
+
+
+def by_taps(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of `B T C h+2 w+2` as the sum of four 2-D convolutions over frames."""
+    t_out = (padded.shape[1] - 4) // 2 + 1
     out = None
     for tap in range(4):
         frames = padded[:, tap : tap + 2 * t_out - 1 : 2]
-        y = F.conv2d(frames.flatten(0, 1), conv.weight[:, :, tap], conv.bias if tap == 0 else None)
+        y = F.conv2d(frames.flatten(0, 1), weight[:, :, tap], bias if tap == 0 else None)
         out = y if out is None else out + y
-    return out.unflatten(0, (x.shape[0], t_out))
+    return out.unflatten(0, (padded.shape[0], t_out))
+
+
+def by_products(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as one matrix product per frame that comes out: cuDNN's kernels for so many channels reach a
+    small part of what its matrix products do on Hopper (`bench projector` prints all ways)."""
+    device = padded.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        padded, weight, bias = (x.to(dtype) for x in (padded, weight, bias))
+    with torch.autocast(device, enabled=False):
+        return _Products.apply(padded, weight, bias)
+
+
+class _Products(torch.autograd.Function):
+    """Unfolded frames are 36 times the input: they exist for one frame at a time, and the backward pass
+    unfolds again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx, padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, weight)
+        batch, frames, _, height, width = padded.shape
+        out = padded.new_empty(batch, (frames - 4) // 2 + 1, weight.shape[0], height - 2, width - 2)
+        flat = weight.flatten(1)
+        for b, t in _places(out):
+            torch.addmm(bias[:, None], flat, _unfold(padded[b], t), out=out[b, t].flatten(1))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        padded, weight = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad
+        dx = torch.zeros_like(padded) if need_x else None
+        dw = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if need_w
+            else None
+        )
+        channels, height, width = padded.shape[2:]
+        for b, t in _places(gradient):
+            g = gradient[b, t].flatten(1)
+            if need_w:
+                dw += (g @ _unfold(padded[b], t).T).view_as(dw)
+            if need_x:
+                columns = (weight.flatten(1).T @ g)[None]
+                four = F.fold(columns, (height, width), 3)[0].unflatten(0, (channels, 4))
+                dx[b, 2 * t : 2 * t + 4] += four.transpose(0, 1)
+        db = gradient.sum((0, 1, 3, 4)) if need_b else None
+        return dx, None if dw is None else dw.to(weight.dtype), db
+
+
+def _places(out: Tensor) -> list[tuple[int, int]]:
+    return [(b, t) for b in range(out.shape[0]) for t in range(out.shape[1])]
+
+
+def _unfold(padded: Tensor, t: int) -> Tensor:
+    """What frame t of the result is made of: `T C h+2 w+2` -> `(C 4 3 3) (h w)`, the weight's order."""
+    return F.unfold(padded[2 * t : 2 * t + 4].transpose(0, 1).flatten(0, 1)[None], 3)[0]
 
 
 class LRProjector(nn.Module):

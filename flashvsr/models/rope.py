@@ -24,19 +24,23 @@ def angles(positions: Tensor, width: int) -> Tensor:
     return positions.double().cpu()[:, None] * frequencies
 
 
-def grid_angles(frames: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
-    """Angles of a token grid, `f rows columns head_dim/2`, float64. `frames` are temporal indices, `f`."""
+def grid_rope(
+    frames: Tensor, rows: int, columns: int, head_dim: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle of a token grid, float32 `f rows columns head_dim/2` on the device.
+
+    `frames` are temporal indices, `f`. Computed in float64 along each axis, then spread over the grid.
+    """
     wt, wh, ww = axis_widths(head_dim)
+    axes = angles(frames, wt), angles(torch.arange(rows), wh), angles(torch.arange(columns), ww)
     f = frames.shape[0]
-    t = angles(frames, wt)[:, None, None].expand(f, rows, columns, -1)
-    h = angles(torch.arange(rows), wh)[None, :, None].expand(f, rows, columns, -1)
-    w = angles(torch.arange(columns), ww)[None, None].expand(f, rows, columns, -1)
-    return torch.cat([t, h, w], -1)
 
+    def spread(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
+        parts = t[:, None, None], h[None, :, None], w[None, None]
+        return torch.cat([part.expand(f, rows, columns, -1) for part in parts], -1)
 
-def cos_sin(angle: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """float32 cosine and sine, computed in float64."""
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    cos, sin = ([of(x).float().to(device) for x in axes] for of in (torch.cos, torch.sin))
+    return spread(*cos), spread(*sin)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

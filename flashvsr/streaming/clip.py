@@ -6,7 +6,7 @@ upscaler, same padding, same decoders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ from flashvsr.streaming.stream import (
     Noise,
     decode,
     dtype_of,
-    seeded_noise,
+    noise_source,
 )
 from flashvsr.weights.folder import FlashVSR
 
@@ -60,7 +60,7 @@ class ClipUpscaler:
         attention: str = "auto",
         color_fix: Literal["adain", "wavelet", "none"] = "adain",
         seed: int = 0,
-        noise: Noise | None = None,
+        noise: Noise | Mapping[int, Tensor] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ):
         if model.info.kind not in ("teacher", "sparse"):
@@ -82,7 +82,7 @@ class ClipUpscaler:
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)
-        self.noise = noise or seeded_noise(seed)
+        self.noise = noise_source(noise, seed)
         self.on_step = on_step
         self._reset()
 

@@ -7,7 +7,7 @@ LR frames ahead. Nothing in here grows with time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,31 @@ Noise = Callable[[int, tuple[int, int, int]], Tensor]  # latent index, (16, h, w
 def seeded_noise(seed: int) -> Noise:
     """Noise of latent i from (seed, i) alone, however frames are pushed."""
     return lambda index, shape: torch.randn(shape, generator=generator(seed, "stream.noise", index))
+
+
+def noise_source(noise: Noise | Mapping[int, Tensor] | None, seed: int) -> Noise:
+    """Where a latent's noise comes from: a function, a mapping from latent index to tensor, or the seed.
+
+    The result raises UserError for a latent that the mapping lacks and for noise of another shape.
+    """
+    if noise is None:
+        return seeded_noise(seed)
+
+    def given(index: int, shape: tuple[int, int, int]) -> Tensor:
+        if isinstance(noise, Mapping):
+            if index not in noise:
+                raise UserError(
+                    f"the given noise has nothing for latent {index}; give each a tensor {shape}, also "
+                    f"those of the last frame's repeats, or give a function (index, shape) -> tensor"
+                )
+            drawn = noise[index]
+        else:
+            drawn = noise(index, shape)
+        if tuple(drawn.shape) != tuple(shape):
+            raise UserError(f"the given noise of latent {index} is {tuple(drawn.shape)} instead of {shape}")
+        return drawn
+
+    return given
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -142,6 +167,18 @@ class Stream:
         self.ring.advance(plan.chunks)
         self.next_latent += n
         return noise - v.to(noise.dtype)
+
+    def run(self, lr: Tensor) -> Tensor:
+        """The core on a whole clip: F = 8n+1 LR frames `B 3 F H W` at output size -> F-4 SR frames.
+
+        25 frames first, then 8 at a time (a shorter clip in one call); UserError for another F.
+        """
+        count, first = lr.shape[2], 4 * FIRST_LATENTS + 1
+        if count < 9 or count % 8 != 1:
+            raise UserError(f"the core takes 8n+1 LR frames from 9 on, got {count}")
+        starts = [0, *range(first, count, 4 * STEP_LATENTS)]
+        ends = [*starts[1:], count]
+        return torch.cat([self.step(lr[:, :, a:b]) for a, b in zip(starts, ends, strict=True)], 2)
 
     @torch.no_grad()
     def step(self, lr: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ its last frame repeated and the surplus cut off.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from flashvsr.streaming.stream import (
     Stream,
     StreamSettings,
     dtype_of,
-    seeded_noise,
+    noise_source,
 )
 from flashvsr.weights.folder import FlashVSR
 
@@ -55,8 +56,9 @@ class StreamingUpscaler:
     scale: how many times larger; decoder: tc, vae, or auto (tc where the model has one); sparse_ratio: the
     share of blocks each chunk attends to, as trained (auto), or None for all; kv_chunks: past chunks
     remembered (at least 2); local_range: block rows and columns a block sees, or None for all; attention:
-    backend; color_fix: adain, wavelet or none; seed: of the noise; noise: gives a latent's noise instead,
-    `(latent index, (16, h, w)) -> float32 tensor`, h and w at the padded size.
+    backend; color_fix: adain, wavelet or none; seed: of the noise; noise: gives a latent's noise instead, a
+    function `(latent index, (16, h, w)) -> float32 tensor`, h and w at the padded size, or a mapping from
+    latent index to such tensors.
 
     Raises UserError for a model that does not stream, a missing part or a setting out of range.
     """
@@ -73,7 +75,7 @@ class StreamingUpscaler:
         attention: str = "auto",
         color_fix: Literal["adain", "wavelet", "none"] = "adain",
         seed: int = 0,
-        noise: Noise | None = None,
+        noise: Noise | Mapping[int, Tensor] | None = None,
     ):
         if model.info.kind != "one-step":
             raise UserError(
@@ -97,7 +99,7 @@ class StreamingUpscaler:
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)
-        self.noise = noise or seeded_noise(seed)
+        self.noise = noise_source(noise, seed)
         block = model.dit.config.block
         self._multiple = (TOKEN_PIXELS * block[1], TOKEN_PIXELS * block[2])
         self._reset()

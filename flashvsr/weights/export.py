@@ -1,26 +1,26 @@
 """Gathers a run's finished parts into one folder in the release's layout, and proves that it is the run's.
 
-Files are copied as the stages wrote them. Before the folder appears it is loaded back, and a small output of
-every module is compared with the run's own.
+Files are copied as the stages wrote them; a stage merged its adapter when it ended. Before the folder appears
+it is loaded back, and a small output of every module is compared with the run's own.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flashvsr.base.cli import UserError
+from flashvsr.base.cli import Progress, UserError
 from flashvsr.base.draws import generator
 from flashvsr.base.files import atomic_dir
-from flashvsr.config import ModelConfig
 from flashvsr.streaming.stream import Stream, StreamSettings, seeded_noise
-from flashvsr.weights.folder import FlashVSR, ModelInfo, gather, read_info, write_info
+from flashvsr.weights.folder import FlashVSR, describe_run, gather, write_info
 from flashvsr.weights.load import load
 from flashvsr.weights.names import FILES, INFO_FILE
+from flashvsr.weights.tensors import need_space
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Exported:
     difference: float
 
 
-def export(run_dir: str | Path, out: str | Path) -> list[Exported]:
+def export(run_dir: str | Path, out: str | Path, quiet: bool = True) -> list[Exported]:
     """Writes the export of a run to `out`, replacing an earlier export; the parts, in the release's order.
 
     Raises UserError when the run has nothing finished, `out` holds something else, or the export differs.
@@ -44,32 +44,26 @@ def export(run_dir: str | Path, out: str | Path) -> list[Exported]:
     found = gather(run_dir)
     if out.is_dir() and any(out.iterdir()) and not (out / INFO_FILE).is_file():
         raise UserError(f"{out} is not empty and no model folder; choose another --out")
-    config, info = _describe(run_dir, found)
-    with atomic_dir(out, replace=True) as folder:
+    config, info = describe_run(run_dir, found)
+    need_space(out, sum((source / FILES[part]).stat().st_size for part, source in found.items()))
+    with atomic_dir(out, replace=True) as folder, Progress(len(found), "copy", "part", quiet) as progress:
         for part, source in found.items():
-            shutil.copyfile(source / FILES[part], folder / FILES[part])
-        write_info(folder, config, info, list(found))
+            _copy(source / FILES[part], folder / FILES[part])
+            progress.update()
+        write_info(folder, config, info, {part: FILES[part] for part in found})
         return [
             Exported(part, FILES[part], source, (folder / FILES[part]).stat().st_size, difference)
             for (part, source), difference in zip(found.items(), _differences(folder, found), strict=True)
         ]
 
 
-def _describe(run_dir: Path, found: dict[str, Path]) -> tuple[ModelConfig, ModelInfo]:
-    """Each module's widths from the stage that made it; what the model is, from the DiT's."""
-    described = {part: read_info(folder) for part, folder in found.items()}
-    modules = {part: d for part, d in described.items() if part != "prompt"}
-    config = replace(ModelConfig(), **{part: getattr(d.config, part) for part, d in modules.items()})
-    info = described["dit"].info if "dit" in described else ModelInfo("parts")
-    sources = {
-        part: {
-            "from": str(folder.relative_to(run_dir)),
-            "sha256": described[part].files[part].sha256,
-            **described[part].info.provenance,
-        }
-        for part, folder in found.items()
-    }
-    return config, replace(info, provenance={"run": run_dir.resolve().name, "parts": sources})
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(
+            f"{target.name} could not be copied from {source} ({error.strerror}); nothing was replaced"
+        ) from None
 
 
 def _differences(folder: Path, found: dict[str, Path]) -> list[float]:

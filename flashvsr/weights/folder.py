@@ -6,27 +6,33 @@ parts; what needs a missing one names the stage that makes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from flashvsr.base.cli import UserError, build
-from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
+from flashvsr.base.files import atomic_dir, read_json, reading, sha256, write_json
 from flashvsr.config import ModelConfig
 from flashvsr.models.denoiser import Denoiser
 from flashvsr.models.dit import DiT
 from flashvsr.models.lr_projector import LRProjector
-from flashvsr.models.prompt import check_prompt, save_prompt
+from flashvsr.models.prompt import check_prompt
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
+from flashvsr.weights import diffusers
 from flashvsr.weights.names import CALLED, FILES, INFO_FILE, MADE_BY
+from flashvsr.weights.tensors import need_space, write_safetensors, write_torch
 
 FORMAT_VERSION = 1
+# Old format -> what changed after it, and the change. The last key is FORMAT_VERSION - 1.
+MIGRATIONS: dict[int, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
 
+Layout = Literal["release", "diffusers"]
 Kind = Literal["teacher", "sparse", "one-step", "vae", "decoder", "parts"]
 # Where in a run to look for a part: its own stage, then those that carry along what they started from.
 DENOISING = ("stage3", "stage2", "stage1")
@@ -38,6 +44,12 @@ STAGES = {
     "tc_decoder": ("decoder", *DENOISING),
 }
 State = nn.Module | Mapping[str, Tensor]
+
+
+@functools.cache
+def say(sentence: str) -> None:
+    """Tells the user once, on stderr, whatever asks again."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -103,12 +115,46 @@ def save_model(
     tc_decoder: State | None = None,
     vae: State | None = None,
     prompt: Tensor | None = None,
+    layout: Layout = "release",
 ) -> Path:
     """Writes the given parts (modules or state dicts) and `flashvsr.json`; returns the folder.
 
-    Atomic: a folder that was there stays until the new one is complete. The projector's mode comes from
-    `info`, the latent statistics from a VAE module's buffers (from `config` beside a state dict).
+    layout: the release's file names, or the DiT in `transformer/` as diffusers stores it and the rest, for
+    which diffusers has no place, beside that under the release's names. Atomic: a folder that was there stays
+    until the new one is complete. The projector's mode comes from `info`, the latent statistics from a VAE
+    module's buffers (from `config` beside a state dict).
     """
+    config, given = gathered(config, info, dit, lr_projector, tc_decoder, vae, prompt, str(folder))
+    need_space(Path(folder), stored_bytes(given))
+    files = {part: FILES[part] for part in given}
+    if layout == "diffusers" and dit is not None:
+        files["dit"] = f"{diffusers.FOLDER}/{diffusers.FILE}"
+        given["dit"] = diffusers.renamed(given["dit"], back=True)
+    with atomic_dir(folder, replace=True) as aside:
+        if layout == "diffusers":
+            (aside / diffusers.FOLDER).mkdir()
+            write_json(aside / diffusers.FOLDER / "config.json", diffusers.config_json(config.dit))
+        for part, content in given.items():
+            if part == "dit":
+                write_safetensors(aside / files[part], content, {"format": "pt"})
+            else:
+                write_torch(aside / files[part], content)
+        write_info(aside, config, info, files)
+    return Path(folder)
+
+
+def gathered(
+    config: ModelConfig,
+    info: ModelInfo,
+    dit: State | None,
+    lr_projector: State | None,
+    tc_decoder: State | None,
+    vae: State | None,
+    prompt: Tensor | None,
+    where: str,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """What is stored of these parts: the config with the projector's mode and a VAE module's latent
+    statistics, and the tensors of each part that is given. UserError when there is none."""
     config = replace(config, lr_projector=replace(config.lr_projector, mode=info.projector_mode))
     if isinstance(vae, WanVAE):
         # float32's shortest decimals: the same values when read back, and readable
@@ -117,50 +163,38 @@ def save_model(
         )
         config = replace(config, vae=replace(config.vae, mean=mean, std=std))
     parts = {"dit": dit, "lr_projector": lr_projector, "tc_decoder": tc_decoder, "vae": vae}
-    given = {part: _plain(state) for part, state in parts.items() if state is not None}
-    if not given and prompt is None:
-        raise UserError(f"{folder}: there is no part to save")
-    with atomic_dir(folder, replace=True) as part_folder:
-        for part, state in given.items():
-            if part == "dit":
-                from safetensors.torch import save_file
-
-                save_file(state, part_folder / FILES[part], metadata={"format": "pt"})
-            else:
-                torch.save(state, part_folder / FILES[part])
-        if prompt is not None:
-            checked = check_prompt(prompt, config.dit.text_dim, str(folder))
-            save_prompt(checked, part_folder / FILES["prompt"])
-        present = [*given, *(["prompt"] if prompt is not None else [])]
-        write_info(part_folder, config, info, present)
-    return Path(folder)
+    given: dict[str, Any] = {part: plain(state) for part, state in parts.items() if state is not None}
+    if prompt is not None:
+        # as it comes: the release's is bfloat16
+        given["prompt"] = check_prompt(prompt, config.dit.text_dim, where).to(prompt.dtype)
+    if not given:
+        raise UserError(f"{where}: there is no part to save")
+    return config, given
 
 
-def _plain(state: State) -> dict[str, Tensor]:
-    tensors = state.state_dict() if isinstance(state, nn.Module) else state
-    return {name: _own(t.detach().cpu()) for name, t in tensors.items()}
+def plain(state: State) -> Mapping[str, Tensor]:
+    """The named tensors of a module or of a state dict."""
+    return state.state_dict() if isinstance(state, nn.Module) else state
 
 
-def _own(t: Tensor) -> Tensor:
-    """Contiguous and alone in its memory: a view would drag the whole of it into the file."""
-    t = t.contiguous()
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+def stored_bytes(parts: Mapping[str, Mapping[str, Tensor] | Tensor]) -> int:
+    """What these take on disk, without headers."""
+    tensors = [[c] if isinstance(c, Tensor) else c.values() for c in parts.values()]
+    return sum(t.nbytes for group in tensors for t in group)
 
 
-def write_info(folder: Path, config: ModelConfig, info: ModelInfo, parts: Sequence[str]) -> None:
-    """Writes `flashvsr.json` beside the files of `parts`, with their sizes and hashes."""
-    files = {
-        part: {
-            "name": FILES[part],
-            "size": (folder / FILES[part]).stat().st_size,
-            "sha256": sha256(folder / FILES[part]),
-        }
-        for part in parts
+def write_info(folder: Path, config: ModelConfig, info: ModelInfo, files: Mapping[str, str]) -> None:
+    """Writes `flashvsr.json` beside the files (part -> name), with their sizes and hashes."""
+    listed = {
+        part: {"name": name, "size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for part, name in files.items()
     }
-    write_json(
-        folder / INFO_FILE,
-        {"format": FORMAT_VERSION, "info": asdict(info), "config": asdict(config), "files": files},
-    )
+    write_json(folder / INFO_FILE, description(config, info, listed))
+
+
+def description(config: ModelConfig, info: ModelInfo, files: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `flashvsr.json`."""
+    return {"format": FORMAT_VERSION, "info": asdict(info), "config": asdict(config), "files": dict(files)}
 
 
 @dataclass(frozen=True)
@@ -183,18 +217,33 @@ class Description:
 def read_info(folder: str | Path) -> Description:
     """Reads `flashvsr.json`; UserError when it is missing, damaged or of a newer format."""
     path = Path(folder) / INFO_FILE
-    values = read_json(path)
+    with reading(path):
+        return described_from(read_json(path), str(path))
+
+
+def described_from(values: Any, where: str) -> Description:
+    """A description from its JSON value, migrated to today's format; UserError, naming `where`, otherwise."""
     version = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(version, int):
-        raise UserError(f"{path} does not say its format version; it is not a model description of ours")
+    if type(version) is not int:
+        raise UserError(f"{where} does not say its format version; it is not a model description of ours")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {version}, this flashvsr knows {FORMAT_VERSION}: install a newer flashvsr"
+            f"{where} has format {version}, this flashvsr knows {FORMAT_VERSION}: install a newer flashvsr"
         )
-    described = build(Description, values, str(path))
+    while version < FORMAT_VERSION:
+        if version not in MIGRATIONS:
+            raise UserError(f"{where} has format {version}, which never was; export the model again")
+        changed, migrate = MIGRATIONS[version]
+        say(f"{where} has format {version} and is read as format {version + 1}: {changed}")
+        version += 1
+        values = {**migrate(values), "format": version}
+    described = build(Description, values, where)
     unknown = set(described.files) - set(FILES)
     if unknown:
-        raise UserError(f"{path} names unknown parts {', '.join(sorted(unknown))}; write the model again")
+        raise UserError(f"{where} names unknown parts {', '.join(sorted(unknown))}; write the model again")
+    for file in described.files.values():
+        if file.name.startswith("/") or ".." in Path(file.name).parts:
+            raise UserError(f"{where} names {file.name!r}, a file outside its folder; write the model again")
     return described
 
 
@@ -231,3 +280,21 @@ def gather(run_dir: str | Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{run_dir} has no finished stage; `python -m train stage=vae run=...` starts one")
     return found
+
+
+def describe_run(run_dir: Path, found: Mapping[str, Path]) -> tuple[ModelConfig, ModelInfo]:
+    """Of the parts that `gather` found: each module's widths from the stage that made it; what the model is,
+    from the DiT's."""
+    described = {part: read_info(folder) for part, folder in found.items()}
+    modules = {part: d for part, d in described.items() if part != "prompt"}
+    config = replace(ModelConfig(), **{part: getattr(d.config, part) for part, d in modules.items()})
+    info = described["dit"].info if "dit" in described else ModelInfo("parts")
+    sources = {
+        part: {
+            "from": str(folder.relative_to(run_dir)),
+            "sha256": described[part].files[part].sha256,
+            **described[part].info.provenance,
+        }
+        for part, folder in found.items()
+    }
+    return config, replace(info, provenance={"run": run_dir.resolve().name, "parts": sources})

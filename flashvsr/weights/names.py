@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from flashvsr.base.cli import UserError
 from flashvsr.config import DiTConfig, ProjectorConfig, TCDecoderConfig, VAEConfig
 
 Shapes = Mapping[str, Sequence[int]]
@@ -24,6 +25,10 @@ FILES = {
     "prompt": "posi_prompt.pth",
 }
 WAN_DIT = "diffusion_pytorch_model.safetensors"  # in a Wan2.1-T2V-1.3B folder
+# Others store the same parts with other suffixes.
+SUFFIXES = (".safetensors", ".pth", ".ckpt", ".pt", ".bin")
+STEMS = {part: name.rsplit(".", 1)[0] for part, name in (*FILES.items(), ("wan", WAN_DIT))}
+SINGLE_KEY = "flashvsr"  # of our description in the metadata of a single file
 WAN_HEAD_DIM = 128
 
 # For sentences: the training stage that makes a part.
@@ -43,9 +48,26 @@ CALLED = {
 }
 
 
+RELEASES = {"1": "v1", "1.0": "v1", "1_0": "v1", "1.1": "v1.1", "1_1": "v1.1"}
+
+
+def release_in(name: str) -> str | None:
+    """The release a folder's name says unmistakably, v1 or v1.1: `FlashVSR-v1.1`, `FlashVSR_v1`, also behind
+    `models--OWNER--`. Plain `FlashVSR` does not: both releases are kept under that name."""
+    if not re.match(r"(?:models--.+--)?flashvsr", name.lower()):
+        return None
+    said = set(re.findall(r"(?:(?<=flashvsr)|(?<=[-_ ]))v(\d+(?:[._]\d+)*)(?=[-_ ]|$)", name.lower()))
+    return RELEASES.get(said.pop()) if len(said) == 1 else None
+
+
 def dit_config(shapes: Shapes, heads: int | None = None, eps: float = 1e-6) -> DiTConfig:
     """Widths of the transformer; `heads` defaults to Wan's 128 channels per head. KeyError without them."""
     dim, in_channels = shapes["patch_embedding.weight"][:2]
+    if heads is None and dim % WAN_HEAD_DIM:
+        raise UserError(
+            f"a DiT {dim} wide is none of Wan's (heads of {WAN_HEAD_DIM}), and nothing says how many heads "
+            f"it has; give a folder with {INFO_FILE} or diffusers' config.json"
+        )
     return DiTConfig(
         dim=dim,
         ffn=shapes["blocks.0.ffn.0.weight"][0],

@@ -152,21 +152,3 @@ def test_missing_and_damaged_data_name_the_remedy(shards, tmp_path):
     (copy / "index.json").write_text('{"format": "other"}')
     with pytest.raises(UserError, match="not a data index"):
         read_index(copy)
-
-
-def test_degrade_command_writes_frames_and_their_parameters(footage, tmp_path, capsys):
-    from flashvsr.base.video_io import read_frames
-
-    argv = ["degrade", str(footage / "cedar.mkv"), str(tmp_path / "lr"), "--seed", "3", "--quiet"]
-    for _ in range(2):  # twice: the second replaces the first
-        with pytest.raises(SystemExit) as end:
-            run(command.main, argv)
-        assert end.value.code == 0
-    lr = np.stack(list(read_frames(tmp_path / "lr")))
-    assert lr.shape == (5, 16, 16, 3)
-    record = json.loads((tmp_path / "lr.json").read_text())
-    assert record["seed"] == 3 and len(record["parameters"]["first"]["jpeg"]["quality"]) == 5
-    with pytest.raises(SystemExit):
-        run(command.main, [*argv[:2], str(tmp_path / "lr.mkv"), *argv[3:]])
-    assert np.array_equal(np.stack(list(read_frames(tmp_path / "lr.mkv"))), lr)
-    assert "unknown degradation preset" in fails([*argv, "--preset", "nicer"], capsys)

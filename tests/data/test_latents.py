@@ -1,10 +1,14 @@
 """Cached latents: the pixels of the uncached clips bit for bit, each slot encoded once."""
 
+import json
 from dataclasses import replace
 
+import av
 import pytest
 import torch
 
+from data import latents
+from data.clips import Clips
 from data.latents import cache_key, cached
 from data.loader import DataConfig, batches, open_dataset
 from flashvsr.base.cli import UserError
@@ -65,7 +69,9 @@ def test_pixels_alone_can_be_kept_for_a_stage_without_latents(clips, tmp_path):
         assert a.keys() == {"hr", "lr"} and torch.equal(a["hr"], b["hr"]) and torch.equal(a["lr"], b["lr"])
 
 
-def test_an_interrupted_cache_goes_on(clips, tmp_path):
+def test_an_interrupted_cache_goes_on(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "FILE_BYTES", 1)  # a file for every slot
+
     class Interrupted(Encoder):
         def __call__(self, hr):
             if self.calls == 3:
@@ -74,7 +80,7 @@ def test_an_interrupted_cache_goes_on(clips, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         cached(clips, tmp_path, Interrupted(), "vae-1", quiet=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "slot-000000.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "slots-000000.safetensors"]
     rest = Encoder()
     made = cached(clips, tmp_path, rest, "vae-1", quiet=True)
     assert rest.calls == 4
@@ -100,7 +106,54 @@ def test_latents_of_something_else_are_refused(clips, tmp_path):
 
 def test_a_damaged_slot_is_named(clips, tmp_path):
     made = cached(clips, tmp_path, Encoder(), "vae-1", quiet=True)
-    for file in tmp_path.glob("slot-*"):
+    for file in tmp_path.glob("slots-*"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="slot-00000.*delete it"):
+    with pytest.raises(UserError, match="slots-00000.*delete it"):
         made.sample(0)
+
+
+def test_slots_share_files_and_ranks_share_the_work(clips, tmp_path):
+    assert latents._slots_per_file(clips, True, True) == latents.FILE_BYTES // (
+        3 * (13 * 32 * 32 + 64 * 32) * (1 + 1 / 16) + 64 * (3 * 16 + 32)
+    )
+    whole = cached(clips, tmp_path / "one", Encoder(), "v", quiet=True)
+    assert [p.name for p in (tmp_path / "one").glob("slots-*")] == ["slots-000000.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "FILE_BYTES", 100_000)  # two slots of 54,080 bytes do not fit
+        encoders = [Encoder(), Encoder()]
+        for rank in (0, 1):
+            parts = cached(clips, tmp_path / "two", encoders[rank], "v", quiet=True, share=(rank, 2))
+    assert [e.calls for e in encoders] == [4, 2]  # files 0 and 2, file 1; a video and an image each
+    for counter in range(3):
+        assert_same(parts.sample(counter), whole.sample(counter))
+
+
+def test_variants_are_other_degradations_of_the_same_hr_in_turn_by_epochs(clips, tmp_path):
+    clips = Clips(replace(clips.config, variants=2), clips.source, 5)
+    plain = Clips(replace(clips.config, variants=1), clips.source, 5)
+    encode = Encoder()
+    pixels = cached(clips, tmp_path / "pixels", None, "pixels", quiet=True)
+    made = cached(pixels, tmp_path / "latents", encode, "v", quiet=True, pixels=False)
+    assert encode.calls == 6  # once per slot, not per variant
+    by_id = {plain.sample(c)["id"]: plain.sample(c)["segments"] for c in range(3)}
+    for counter in range(12):
+        sample, direct = made.sample(counter), clips.sample(counter)
+        assert_same(sample, direct)
+        epoch = counter // 3
+        for mine, first in zip(sample["segments"], by_id[sample["id"]], strict=True):
+            assert torch.equal(mine["hr"], first["hr"])
+            assert torch.equal(mine["lr"], first["lr"]) == (epoch % 2 == 0)
+    with pytest.raises(UserError, match="variants=2 needs slots"):
+        replace(clips.config, slots=None)
+
+
+def test_another_decoder_may_read_a_cache_but_not_go_on_with_it(clips, tmp_path, monkeypatch):
+    made = cached(clips, tmp_path, Encoder(), "vae-1", quiet=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["tag"] == "vae-1" and manifest["config"]["degradation"] == "realbasicvsr"
+    assert manifest["decoder"]["av"] == av.__version__ and "libavcodec" in manifest["decoder"]
+    monkeypatch.setattr(latents, "_decoder", lambda: {"av": "99"})
+    assert_same(cached(clips, tmp_path, Encoder(), "vae-1", quiet=True).sample(1), made.sample(1))
+    next(tmp_path.glob("slots-*")).unlink()
+    with pytest.raises(UserError, match="decoder=.*99.*delete"):
+        cached(clips, tmp_path, Encoder(), "vae-1", quiet=True)

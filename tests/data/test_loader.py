@@ -9,6 +9,7 @@ import torch
 
 from data.clips import Clips
 from data.loader import DataConfig, batches, open_dataset
+from data.reader import Reader
 from data.sampler import RankCounters, shuffled
 from data.shards import read_index
 from flashvsr.base.cli import UserError
@@ -69,15 +70,23 @@ def holds(source: np.ndarray, hr: torch.Tensor) -> bool:
     return False
 
 
+def only(config, key, **change) -> Clips:
+    """Clips of one source alone."""
+    reader = Reader(read_index(config.shards))
+    rows = tuple(s for rows in reader.splits.values() for s in rows if s.key == key)
+    reader = Reader(replace(reader.index, splits={"train": rows}))
+    return Clips(replace(config, **change), reader, seed=0)
+
+
+def pixels(sample, number=0) -> np.ndarray:
+    """HR frames of a segment as `F H W 3`."""
+    return sample["segments"][number]["hr"].permute(1, 2, 3, 0).numpy()
+
+
 def test_short_clips_go_back_and_forth(config):
-    clips = open_dataset(config, seed=0)
-    index = read_index(config.shards)
-    split = next(s for s, samples in index.splits.items() if any(c.key == "cedar" for c in samples))
-    clips = Clips(replace(config, split=split), index, seed=0)
-    cedar = next(s for s in clips.videos if s.key == "cedar")
-    hr = clips._segment(cedar, 9, (64, 64), 0, 0)["hr"]
+    cedar = only(config, "cedar", height=64)
     expected = moving(*CLIPS["cedar"])[[0, 1, 2, 3, 4, 3, 2, 1, 0]]
-    assert np.array_equal(hr.permute(1, 2, 3, 0).numpy(), expected)
+    assert np.array_equal(pixels(cedar.sample(0)), expected)
 
 
 def test_flip_mirrors_some_clips_and_changes_nothing_else(config):

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from flashvsr.base.cli import UserError
-from flashvsr.base.files import atomic, atomic_dir, read_json, sha256, write_json
+from flashvsr.base.files import atomic, atomic_dir, load_torch, read_json, reading, sha256, write_json
 
 
 def _names(folder):
@@ -60,3 +60,40 @@ def test_json_and_hash(tmp_path):
         read_json(path)
     with pytest.raises(UserError, match="b.json does not exist"):
         read_json(tmp_path / "b.json")
+
+
+def test_reading_turns_errors_into_sentences(tmp_path):
+    def said(path, action):
+        with pytest.raises(UserError) as error, reading(path):
+            action()
+        return str(error.value)
+
+    path = tmp_path / "a"
+    assert said(path, path.read_text) == f"{path} does not exist; check the path"
+    path.symlink_to(tmp_path / "b")
+    gone = tmp_path / "b"
+    assert said(path, path.read_text).startswith(f"{path} is a link to {gone}, which does not exist")
+
+    def denied():
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def worn():
+        raise OSError(5, "Input/output error", str(path))
+
+    assert said(path, denied) == f"{path} may not be read by this user; change its permissions or copy it"
+    assert said(path, worn) == f"{path} cannot be read (Input/output error); copy it again"
+
+
+def test_torch_files_are_mapped_and_plain(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pth"
+    for new in (True, False):  # the old format cannot be mapped and is read all the same
+        torch.save({"a": torch.arange(5000)}, path, _use_new_zipfile_serialization=new)
+        before = path.read_bytes()
+        loaded = load_torch(path)["a"]
+        assert torch.equal(loaded, torch.arange(5000))
+        loaded.add_(1)
+        assert path.read_bytes() == before
+    path.write_bytes(before[:100])
+    with pytest.raises(UserError, match="a.pth is not a whole file of plain tensors"):
+        load_torch(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flashvsr.base import video_io
+from flashvsr.base import demux
 from flashvsr.base.cli import UserError
 from flashvsr.base.video_io import VideoWriter, list_clips, probe, read_frames
 
@@ -129,8 +129,25 @@ def test_starting_later_gives_the_same_frames(tmp_path, name, codec, options):
 
 def test_starting_later_does_not_decode_from_the_beginning(tmp_path):
     path = _encode(tmp_path / "a.mp4", _clip(60, 32, 48), options={"g": "10", "bf": "2"})
-    numbers = [k for k, _ in video_io._numbered(path, 47, ahead=False)]
-    assert numbers == list(range(40, 60))
+    numbers = [k for k, _ in demux.numbered(path, 47, ahead=False)]
+    assert numbers == list(range(47, 60))  # from the beginning they would be 0 ... 59
+
+
+def test_known_keyframes_spare_reading_the_packets(tmp_path, monkeypatch):
+    path = _encode(tmp_path / "a.mp4", _clip(60, 32, 48), options={"g": "10", "bf": "2"})
+    whole = _read(path)
+    keyframes = demux.keyframes_of(demux.frame_times(path))
+    assert [number for number, _ in keyframes] == [0, 20, 40]  # every tenth is one, closer ones are left out
+    assert [number for number, _ in demux.keyframes_of(demux.frame_times(path), 1)] == [0, 10, 20, 30, 40, 50]
+    monkeypatch.setattr(demux, "frame_times", lambda *_: pytest.fail("read the packets"))
+    assert [k for k, _ in demux.numbered(path, 47, False, keyframes)] == list(range(47, 60))
+    for start in (0, 7, 20, 47, 59):
+        assert np.array_equal(
+            _read(path, start=start, count=3, keyframes=keyframes), whole[start : start + 3]
+        )
+    # time stamps of another file: decoded from the beginning, never wrong
+    lies = [(number, time + 1) for number, time in keyframes]
+    assert np.array_equal(_read(path, start=47, count=3, keyframes=lies), whole[47:50])
 
 
 def test_variable_rate_neither_repeats_nor_drops(tmp_path):

@@ -247,9 +247,13 @@ def test_doctor(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "torch" in printed and "FAILED" not in printed
-    for backend in ("reference", "gather"):
-        (line,) = [line for line in printed.splitlines() if line.startswith(backend)]
-        assert float(line.split()[1]) < 5e-6 and float(line.split()[2]) < 2e-5 and line.endswith("ok")
+    assert "attention on cpu in bfloat16  gather (auto; dense from density" in printed
+    for backend in ("reference", "gather", "dense"):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{backend} ")]
+        assert float(line.split()[1]) < 5e-6 and float(line.split()[2]) < 2e-5
+        assert line.split()[3] == "same" and line.endswith("ok")
+    (line,) = [line for line in printed.splitlines() if line.startswith("flex ")]
+    assert "not usable: FlexAttention has no backward on cpu" in line
 
 
 def test_doctor_sees_a_wrong_backend(monkeypatch, capsys):

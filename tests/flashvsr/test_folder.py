@@ -187,9 +187,10 @@ def fails(folder, sentence, **how):
 
 def test_folders_that_are_none(tmp_path, saved):
     fails(tmp_path / "nowhere", "nowhere does not exist")
-    fails(tmp_path, "holds no model: neither flashvsr.json nor any of diffusion_pytorch_model_streaming")
+    fails(tmp_path, "is empty; give the folder of a model")
     (tmp_path / "file").write_text("x")
-    fails(tmp_path / "file", "file is a file; give the folder")
+    fails(tmp_path, "holds no model: neither flashvsr.json nor any of diffusion_pytorch_model_streaming")
+    fails(tmp_path / "file", "file is a file that does not say what it is; give the folder")
     folder = saved()
     fails(folder, "lr_projector='v2' is none of auto, v1, v1.1", lr_projector="v2")
     fails(folder, "lr_projector='v1' has no effect", lr_projector="v1")
@@ -237,7 +238,7 @@ def test_files_that_are_damaged(saved):
 
 
 def test_truncated_release_files_and_foreign_content(tmp_path):
-    folder = tmp_path / "v1.1"
+    folder = tmp_path / "FlashVSR-v1.1"
     write_release(folder)
     whole = {part: (folder / name).read_bytes() for part, name in FILES.items()}
     for part, name in FILES.items():
@@ -252,16 +253,19 @@ def test_truncated_release_files_and_foreign_content(tmp_path):
     torch.save(torch.zeros(3), folder / FILES["tc_decoder"])
     fails(folder, "TCDecoder.ckpt holds one tensor instead of named ones")
     torch.save(ModelInfo("parts"), folder / FILES["tc_decoder"])
-    fails(folder, "is not a whole file of plain tensors")
+    fails(folder, "is refused: reading it would run 'flashvsr.weights.folder.ModelInfo'")
     torch.save({"a": torch.zeros(3)}, folder / FILES["tc_decoder"])
-    fails(folder, "the TC decoder's file has no fitting tensor 'decoder.1.weight'")
+    fails(
+        folder, "does not fit this TCDecoder: missing: decoder.1,26.bias, decoder.1,3,10,16,22,24,26.weight"
+    )
+    fails(folder, "not ours: a")
     (folder / FILES["tc_decoder"]).write_bytes(whole["tc_decoder"])
     torch.save(torch.full((1, 3, 4), torch.nan), folder / FILES["prompt"])
     fails(folder, "the prompt embedding is not finite")
 
 
 def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
-    folder = tmp_path / "v1.1"
+    folder = tmp_path / "FlashVSR-v1.1"
     modules = write_release(folder)
     state = modules["tc_decoder"].state_dict()
     state["decoder.99.weight"] = state.pop("decoder.24.weight")

@@ -9,14 +9,16 @@ import torch
 from flashvsr.attention.plans import CHUNK, CachedStreaming, SparseCausal, training_ratio
 from flashvsr.attention.ring import Ring
 from flashvsr.attention.selection import causal_chunks
+from flashvsr.base.operators import declare_torchvision
 from flashvsr.config import PRESETS
 from flashvsr.models.dit import DiT
 from flashvsr.models.lr_projector import LRProjector
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
+from flashvsr.weights.diffusers import config_json, from_wan, to_wan
 
 ROOT = Path(__file__).parents[2]
-MANIFESTS = ROOT.parent / "shared" / "golden" / "manifests"
+MANIFESTS = ROOT / "tests" / "data" / "manifests"  # every tensor name and shape of the release's files
 
 
 def training_size(scale: str) -> tuple[int, int, int]:
@@ -84,18 +86,31 @@ def test_training_is_sparse_and_causal_and_streaming_picks_the_same_blocks(scale
     ],
 )
 def test_names_and_shapes_are_those_of_the_release(manifest, part, module):
-    path = MANIFESTS / f"{manifest}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    listed = json.loads(path.read_text())
+    listed = json.loads((MANIFESTS / f"{manifest}.json").read_text())
     with torch.device("meta"):
         state = module(getattr(PRESETS["wan1.3b"], part)).state_dict()
     assert {name: list(tensor.shape) for name, tensor in state.items()} == listed["tensors"]
     assert sum(tensor.numel() for tensor in state.values()) == listed["parameters"]
 
 
+def test_names_in_diffusers():
+    """The released map, and at real size diffusers' own transformer, tensor by tensor."""
+    released = json.loads((MANIFESTS / "diffusers_wan_to_wan.json").read_text())["map"]
+    assert {name: to_wan(name) for name in released} == released
+    assert {ours: from_wan(ours) for ours in released.values()} == {o: t for t, o in released.items()}
+    declare_torchvision()
+    diffusers = pytest.importorskip("diffusers")
+    config = PRESETS["wan1.3b"].dit
+    given = {k: v for k, v in config_json(config).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        theirs = diffusers.WanTransformer3DModel(**given).state_dict()
+        ours = DiT(config).state_dict()
+    assert {from_wan(n): t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    assert {to_wan(n) for n in theirs} == ours.keys()
+
+
 def test_parameter_counts():
-    """What the papers and the manifests say, without the manifests."""
+    """What the papers say."""
     counts = {}
     with torch.device("meta"):
         for part, module in (

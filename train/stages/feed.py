@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.latents import cached
+from data.latents import cache_key, cached
 from data.loader import DataConfig, batches, open_dataset
 from flashvsr.base.resize import bicubic_8bit, to_signed
 from flashvsr.models.wan_vae import WanVAE
@@ -66,37 +65,36 @@ class Feed:
             height=d.height,
             width=d.width,
             images=d.images if packed else 0,
-            image_height=d.height,
-            image_width=d.width,
             short_side=d.short_side,
             slots=d.slots if split == "train" else d.val_slots,
+            variants=d.variants if split == "train" else 1,
+            strides=d.strides,
             degradation=self.config.degrade.preset,
             workers=d.workers,
             flip=d.flip and split == "train",
+            cache_dir=d.cache_dir,
+            cache_gb=d.cache_gb,
         )
 
     def clips(self, split: str) -> Any:
         """The split's clips with `sample(counter)`: decoded, degraded and encoded once where they repeat."""
-        config = self.data_config(split)
-        clips = open_dataset(config, self.config.seed)
+        clips = open_dataset(self.data_config(split), self.config.seed)
         if not self.caches and split == "train":
             return clips
-        key = json.dumps([asdict(config), self.config.seed], sort_keys=True, default=str)
-        name = hashlib.sha256(key.encode()).hexdigest()[:8]
-        clips = self._cached(clips, f"clips-{split}-{name}", None, name)
+        name = cache_key(clips, "")[:8]
+        clips = self._cached(clips, f"clips-{split}-{name}", None, "pixels")
         if self.vae is None:
             return clips
-        tag = f"{name}-{self._vae_hash()}"
-        return self._cached(clips, f"latents-{split}-{tag}", self.encode, tag)
+        vae = self._vae_hash()
+        return self._cached(clips, f"latents-{split}-{name}-{vae}", self.encode, vae)
 
     def _cached(self, clips: Any, folder: str, encode: Callable | None, tag: str) -> Any:
-        """Rank 0 writes what is missing, the others wait and read."""
+        """Every rank makes its share of what is missing: pixels, or latents to pixels already cached."""
         quiet = self.config.log.quiet or not self.world.is_main
-        if not self.world.is_main:
-            self.world.barrier()
-        made = cached(clips, self.config.run_dir / folder, encode, tag=tag, quiet=quiet)
-        if self.world.is_main:
-            self.world.barrier()
+        share = self.world.rank, self.world.size
+        path, pixels = self.config.run_dir / folder, encode is None
+        made = cached(clips, path, encode, tag, quiet=quiet, pixels=pixels, share=share)
+        self.world.barrier()
         return made
 
     def _vae_hash(self) -> str:

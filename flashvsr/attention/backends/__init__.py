@@ -6,6 +6,9 @@ A backend is a module with two functions:
     attention(q, k, v, selection) -> out            as `sparse_attention`
 
 It is imported when first asked for; one whose packages are missing is listed with the reason.
+
+`auto` is the first of `AUTO` that is usable for device, dtype, head width and block size; selections that
+nothing sparse can gain from, by `DENSE_FROM`, go to `dense`, which computes the same.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ BACKENDS: dict[str, str] = {
 }
 # What `auto` tries, in order: the first that is usable.
 AUTO = ("flex", "triton", "block_sparse_attn", "gather")
+# The density from which `auto` takes dense attention: measured on a CPU; on a GPU a mask would keep torch
+# from its fast kernels, so only where everything is selected and no mask is needed.
+DENSE_FROM = {"cpu": 0.7}
 
 
 @cache
@@ -46,16 +52,33 @@ def available(
     return {name: why_not(name, device, dtype, head_dim, block_tokens) for name in BACKENDS}
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
-    """The backend's name, of `auto` the one it stands for; UserError for an unknown or unusable one."""
+def resolve(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_tokens: int,
+    density: float = 0.0,
+) -> str:
+    """The backend's name, of `auto` the one it stands for at that density; UserError for an unknown or
+    unusable one."""
     facts = (device, dtype, head_dim, block_tokens)
     if backend == "auto":
+        if density >= DENSE_FROM.get(device.type, 1.0):
+            return "dense"
         return next(name for name in AUTO if why_not(name, *facts) is None)
     if backend in BACKENDS and (reason := why_not(backend, *facts)) is None:
         return backend
     usable = ", ".join(name for name, reason in available(*facts).items() if reason is None)
     what = f"cannot be used here: {reason}" if backend in BACKENDS else "is unknown"
     raise UserError(f"attention backend {backend!r} {what}; usable: auto, {usable}")
+
+
+def describe(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
+    """`resolve` in words, for what a command prints and a report keeps."""
+    name = resolve(backend, device, dtype, head_dim, block_tokens)
+    limit = DENSE_FROM.get(device.type, 1.0)
+    return f"{name} (auto; dense from density {limit:g})" if backend == "auto" else name
 
 
 def sparse_attention(
@@ -66,5 +89,5 @@ def sparse_attention(
     q: `B heads T d` in block order; k, v: `B heads K*block_tokens d`; returns `B heads T d`. A query block
     without any key gives zeros. Gradients flow to q, k, v and never to the selection.
     """
-    name = resolve(backend, q.device, q.dtype, q.shape[-1], selection.block_tokens)
+    name = resolve(backend, q.device, q.dtype, q.shape[-1], selection.block_tokens, selection.most)
     return importlib.import_module(BACKENDS[name]).attention(q, k, v, selection)

@@ -1,0 +1,1 @@
+"""What `python -m flashvsr bench` measures: attention, modules, the pipeline, and the GPU campaign."""

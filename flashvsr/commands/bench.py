@@ -1,0 +1,164 @@
+"""`python -m flashvsr bench WHAT`: how fast this machine is, beside what it could be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashvsr.base.cli import UserError
+from flashvsr.base.files import atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashvsr.bench.models import Subject
+    from flashvsr.bench.report import Report
+
+DTYPES = ("float32", "bfloat16", "float16")
+WHAT = {
+    "attention": "every usable backend beside dense attention, forward and backward",
+    "dit": "one streaming step of the transformer, and a block's parts",
+    "projector": "LR Proj-In on eight frames, and its convolutions in every way",
+    "decoder": "TC decoder and VAE decoder on two latents",
+    "pipeline": "a whole stream: frames per second and time per part",
+    "gpu": "all of it, and the pipeline's switches one at a time: one call for a lent GPU",
+}
+GPU_SIZES = ((768, 1408), (1152, 1920), (1536, 2560))  # the second is 1080p, padded
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m flashvsr bench",
+        description="Measure speed, useful work and memory, with random weights, on this machine.",
+    )
+    commands = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    made = {name: commands.add_parser(name, help=text, description=text) for name, text in WHAT.items()}
+    for name, sub in made.items():
+        sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+        sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here as well")
+        sub.add_argument("--repeats", type=int, default=5, help="median of so many runs (%(default)s)")
+        if name != "attention":
+            sub.add_argument("--scale", help="tiny, small or wan1.3b (default: small; wan1.3b on cuda)")
+    a = made["attention"]
+    a.add_argument("--tokens", type=int, default=4096, help="queries and keys (%(default)s)")
+    a.add_argument("--density", type=float, default=0.2, help="share of pairs selected (%(default)s)")
+    a.add_argument("--block", type=int, default=128, help="tokens in a block (%(default)s)")
+    a.add_argument("--heads", type=int, default=4, help="%(default)s")
+    a.add_argument("--head-dim", type=int, default=64, help="%(default)s")
+    a.add_argument("--backends", metavar="A,B", help="only these (default: all usable but reference)")
+    a.add_argument("--forward-only", action="store_true", help="no backward")
+    for name in ("dit", "projector", "decoder", "pipeline"):
+        made[name].add_argument("--size", metavar="HxW", help="of the output (default: by scale)")
+    for name in ("dit", "pipeline"):
+        made[name].add_argument("--attention", default="auto", help="backend (%(default)s)")
+        made[name].add_argument("--profile", action="store_true", help="also: share of time by operation")
+    g = made["gpu"]
+    g.add_argument("--size", metavar="HxW", action="append", help="of the output, may be given several times "
+                   "(default: 768x1408, 1152x1920, 1536x2560)")  # fmt: skip
+    g.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this (%(default)s)")
+    g.add_argument("--no-compile", action="store_true", help="leave out switches that compile")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Prints tables; exit code 1 when something usable did not run."""
+    given = parser().parse_args(argv)
+    for name in ("repeats", "tokens", "block", "heads", "head_dim", "minutes"):
+        if getattr(given, name, 1) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)} must be above 0")
+    if given.what == "gpu":
+        return _campaign(given)
+    report = _measure(given)
+    print(report.table())
+    if "shares" in report.extra:
+        from flashvsr.bench.report import shares_text
+
+        print(f"\nshare of one step's time\n{shares_text(report.extra['shares'], report.extra['others'])}")
+    for name, reason in report.extra.get("not_usable", {}).items():
+        print(f"not usable here: {name} ({reason})")
+    failed = report.extra.get("failed", {})
+    for name, error in failed.items():
+        print(f"FAILED: {name} ({error})")
+    _write(given.json, report.as_dict())
+    return 1 if failed else 0
+
+
+def _measure(given: argparse.Namespace) -> Report:
+    if given.what == "attention":
+        from flashvsr.bench import attention
+
+        shape = attention.of_density(given.tokens, given.density, given.block, given.heads, given.head_dim)
+        asked = given.backends.split(",") if given.backends else None
+        device, dtype = _where(given)
+        return attention.bench(
+            shape, device, dtype, asked=asked, backward=not given.forward_only, repeats=given.repeats
+        )
+    subject = _subject(given, _size(given.size) if given.size else None)
+    if given.what == "pipeline":
+        from flashvsr.bench.pipeline import bench_pipeline
+
+        return bench_pipeline(
+            subject, attention=given.attention, repeats=given.repeats, profile=given.profile
+        )
+    from flashvsr.bench import modules
+
+    if given.what == "dit":
+        return modules.bench_dit(
+            subject, attention=given.attention, repeats=given.repeats, profile=given.profile
+        )
+    bench = {"projector": modules.bench_projector, "decoder": modules.bench_decoder}[given.what]
+    return bench(subject, repeats=given.repeats)
+
+
+def _campaign(given: argparse.Namespace) -> int:
+    from flashvsr.bench import gpu
+
+    sizes = [_size(text) for text in given.size] if given.size else list(GPU_SIZES)
+    done = gpu.run(
+        _subject(given, sizes[0]),
+        sizes,
+        minutes=given.minutes,
+        repeats=given.repeats,
+        compiling=not given.no_compile,
+    )
+    print("\n" + done.text())
+    _write(given.json, done.as_dict())
+    return 1 if done.missing else 0
+
+
+def _where(given: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    name = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+    return device, getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def _subject(given: argparse.Namespace, size: tuple[int, int] | None) -> Subject:
+    from flashvsr.bench.models import SIZES, Subject
+
+    device, dtype = _where(given)
+    scale = given.scale or ("wan1.3b" if device.type == "cuda" else "small")
+    return Subject(scale, size or SIZES.get(scale, (0, 0)), device, dtype)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise UserError(f"--size {text!r} must be a height and a width, like 768x1408")
+    return int(height), int(width)
+
+
+def _write(path: Path | None, content: dict) -> None:
+    if path is not None:
+        with atomic(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
