@@ -50,7 +50,9 @@ def weights(stage):
     """A fingerprint of the main role's whole weights and of its EMA."""
     engine = stage.roles[stage.main]
     parts = {"weights": engine.weights(), "ema": engine.gather(stage.ema.state_dict())}
-    return {name: {k: t.double().square().sum().item() for k, t in part.items()} for name, part in parts.items()}
+    return {
+        name: {k: t.double().square().sum().item() for k, t in part.items()} for name, part in parts.items()
+    }
 
 
 def run(job, world):
