@@ -125,8 +125,7 @@ def train_step(stage: Stage, micros: Sequence[Mapping[str, Any]], step: int) -> 
         engine = stage.roles[role]
         record |= _accumulate(stage, role, loss, inputs, draws, step, micros)
         o = config.optim
-        base = engine.optimizer.defaults["lr"]
-        lr = lr_at(step, base=base, warmup=o.warmup, total=config.steps, schedule=o.schedule)
+        lr = lr_at(step, base=engine.lr, warmup=o.warmup, total=config.steps, schedule=o.schedule)
         norm = engine.step(lr)
         record[f"grad_norm/{role}"] = norm
         if role == stage.main:
@@ -193,11 +192,7 @@ def _accumulation(config: TrainConfig, world: World) -> int:
 def _announce(stage: Stage, start: int, accumulation: int) -> None:
     """What is in use, once."""
     config, world = stage.config, stage.world
-    trained = {
-        role: sum(p.numel() for p in e.module.parameters() if p.requires_grad)
-        for role, e in stage.roles.items()
-    }
-    sizes = ", ".join(f"{role} {count / 1e6:.2f} M trained" for role, count in trained.items())
+    sizes = ", ".join(f"{role} {e.count / 1e6:.2f} M trained" for role, e in stage.roles.items())
     print(
         f"{STAGES[config.stage.name]} ({config.stage.name}) of run {config.run}: {sizes}; "
         f"batch {config.global_batch_size} = {config.micro_batch_size} x {world.size} processes x "

@@ -25,6 +25,8 @@ class Engine:
     def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float):
         self.module, self.clip = module, clip
         self.optimizer = build_optimizer(dict(module.named_parameters()))
+        self.lr = self.optimizer.defaults["lr"]  # before the schedule
+        self.count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.wrapped: nn.Module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -76,7 +76,12 @@ class Fsdp2Engine(Engine):
         own = self.module.state_dict()
         sharded = {name: _like(own[name], t) if name in own else t for name, t in weights.items()}
         self.module.load_state_dict(sharded, strict=True, assign=False)
-        load_optimizer(self.optimizer, super().trained(), optimizer_state)
+        trained = super().trained()
+        moments = {
+            name: tensor if tensor.ndim == 0 else _like(trained[name.rpartition("/")[0]], tensor)
+            for name, tensor in optimizer_state.items()
+        }
+        load_optimizer(self.optimizer, trained, moments)
 
     def gather(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         params = dict(self.module.named_parameters())

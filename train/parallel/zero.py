@@ -72,15 +72,12 @@ class ZeroEngine(Engine):
         return self.gather({n: self._parameters().get(n, t) for n, t in state.items()})
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         state: dict[str, Tensor] = {}
         steps = self._steps()
         for name, p in super().trained().items():
             state[f"{name}/step"] = torch.tensor(steps, dtype=torch.float32)
-            if steps:
-                for key in MOMENTS:
-                    state[f"{name}/{key}"] = safe_get_full_optimizer_state(p, key).cpu()
+            for key in MOMENTS if steps else ():
+                state[f"{name}/{key}"] = self._moment(p, key)
         return state
 
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
@@ -148,21 +145,53 @@ class ZeroEngine(Engine):
                     safe_set_full_fp32_param(p, weights[name])
 
     def _load_moments(self, step: float, named: Mapping[str, nn.Parameter], left: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        base = self.optimizer.optimizer
-        for group in base.param_groups:
-            for flat in group["params"]:
-                fresh = {key: torch.zeros_like(flat) for key in MOMENTS}
-                base.state[flat] = {"step": torch.tensor(step, device=flat.device), **fresh}
-        if not self.weights_sharded:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        zero = self.optimizer
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self.weights_sharded
+            else zero.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            fresh = {key: torch.zeros_like(flat) for key in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **fresh}
         for name, p in named.items():
             for key in MOMENTS:
                 moment = left.pop(f"{name}/{key}", None)
                 if moment is None:
                     raise UserError(f"the saved optimiser has no {name}/{key}: it trained other parameters")
-                safe_set_full_optimizer_state(p, moment.to(p.device), key)
+                self._set_moment(p, key, moment.to(p.device))
+
+    # ---- moments -------------------------------------------------------------------------------------------
+    # Of ZeRO-1 and 2 by the addresses DeepSpeed keeps: its own getters serve the first parameter group only.
+
+    def _piece(self, p: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
+        """Where this rank's piece of a parameter's moment begins in it, and the piece, a view."""
+        mapping = p._hp_mapping
+        if mapping is None:
+            return None
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        place = mapping.hp_fragment_address
+        moment = self.optimizer.optimizer.state[flat][key]
+        return mapping.lp_fragment_address.start, moment.narrow(0, place.start, place.numel)
+
+    def _moment(self, p: nn.Parameter, key: str) -> Tensor:
+        if self.weights_sharded:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            return safe_get_full_optimizer_state(p, key)
+        whole = torch.zeros(p.numel(), device=p.device)
+        if (piece := self._piece(p, key)) is not None:
+            whole[piece[0] : piece[0] + piece[1].numel()] = piece[1]
+        dist.all_reduce(whole)
+        return whole.view(p.shape)
+
+    def _set_moment(self, p: nn.Parameter, key: str, whole: Tensor) -> None:
+        if self.weights_sharded:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(p, whole, key)
+        elif (piece := self._piece(p, key)) is not None:
+            piece[1].copy_(whole.flatten()[piece[0] : piece[0] + piece[1].numel()])
 
     def _steps(self) -> int:
         """Optimiser steps so far: the same for every parameter."""
