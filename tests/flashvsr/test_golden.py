@@ -86,6 +86,9 @@ UNSEEN = [
     ("dit_stream", dict(rows=24, columns=8, kv_ratio=5.0, chunks=12, topk_ratio=1.1, dim=24)),  # longer
     ("dit_stream", dict(topk_ratio=100.0, local_range=1)),  # nothing dropped that is legal
     ("dit_stream", dict(topk_ratio=0.01, local_range=4)),  # almost everything dropped: empty rows
+    ("dit_stream", dict(first=2, kv_ratio=1.0, chunks=4)),
+    ("dit_stream", dict(first=10, kv_ratio=3.0, chunks=3, topk_ratio=1.2)),  # four chunks stay
+    ("dit_stream", dict(dim=256, heads=2, layers=1, chunks=2)),  # heads as wide as Wan's
     ("dit_stream", dict(lr_tokens=False, eps=1e-5, timestep=500.0, batch=2)),
     ("lr_proj", dict(variant="buffer", layer_num=3, frames=17)),
     ("lr_proj", dict(frames=5, batch=2, height=16, width=32)),
