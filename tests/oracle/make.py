@@ -16,7 +16,8 @@ from tests.oracle.files import Tensors, recompute
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dit_stream": dict(
         dim=48, ffn=64, heads=2, layers=2, freq_dim=32, text_dim=16, text_len=5, rows=8, columns=16, chunks=3,
-        first=6, batch=1, topk_ratio=0.75, kv_ratio=3.0, local_range=None, eps=1e-6, timestep=1000.0, lr_tokens=True,
+        first=6, batch=1, topk_ratio=0.75, kv_ratio=3.0, local_range=None, eps=1e-6,
+        timestep=1000.0, lr_tokens=True,
     ),
     "lr_proj": dict(variant="causal", hidden1=4, hidden2=6, out_dim=8, layer_num=1, frames=13, height=32,
                     width=48, batch=1),
