@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import time
 import urllib.error
 import urllib.request
@@ -87,7 +88,8 @@ def fetch(url: str, file: BinaryIO, least: int = 1) -> None:
         except _Lasting as error:
             raise UserError(f"cannot fetch '{shown(url)}' ({error}): check data.shards") from error
         except (OSError, HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            text = str(error) or type(error).__name__
+            reason = re.sub(r"(?s).*: exit (\d+) \(read\).*", r"the command ended with code \1", text)
     raise UserError(
         f"cannot fetch '{shown(url)}' ({ATTEMPTS} attempts; the last: {reason}): check address and network"
     )

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.clips import Clips
+from data.clips import Clips, there_and_back
+from data.degradation import degrade
 from data.loader import DataConfig, batches, open_dataset
 from data.reader import Reader
 from data.sampler import RankCounters, shuffled
 from data.shards import read_index
 from flashvsr.base.cli import UserError
+from flashvsr.base.draws import numpy_rng
 from tests.data.conftest import CLIPS, moving
 
 
@@ -131,6 +133,87 @@ def test_short_side_shrinks_and_never_enlarges(config):
     assert clips.sample(0)["segments"][0]["hr"].shape == (3, 9, 32, 32)
 
 
+class Numbers:
+    """Clips whose sample is its counter."""
+
+    def sample(self, counter):
+        segment = {"hr": torch.full((3, 1, 2, 2), counter % 251, dtype=torch.uint8)}
+        return {"id": f"n-{counter}", "counter": counter, "segments": [segment], "damaged": []}
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_the_order_in_closed_form_for_any_ranks_workers_and_start(world, workers):
+    """Batch b of rank r holds counters start + (b·world + r)·micro + j: one integer says where a run is."""
+    start, micro, steps = 13, 2, 4 if world < 8 or not workers else 1
+    for rank in range(world) if not workers else {0, world - 1}:
+        stream = batches(Numbers(), start, micro, rank, world, workers)
+        for b, batch in zip(range(steps), stream, strict=False):
+            expected = [start + (b * world + rank) * micro + j for j in range(micro)]
+            assert batch["counters"].tolist() == expected and batch["ids"] == [f"n-{c}" for c in expected]
+            assert batch["segments"][0]["hr"][:, 0, 0, 0, 0].tolist() == [c % 251 for c in expected]
+
+
+@pytest.mark.parametrize("worlds", [(1, 8), (8, 2), (4, 3)])
+def test_resuming_with_another_world_size_skips_and_repeats_nothing(worlds):
+    """Three steps of 24 samples, then the rest by another number of ranks, from one integer."""
+    seen = []
+    for world, first, last in ((worlds[0], 0, 3), (worlds[1], 3, 6)):
+        micro = 24 // world
+        streams = [batches(Numbers(), 24 * first, micro, r, world, 0) for r in range(world)]
+        for _ in range(first, last):
+            seen += [c for stream in streams for c in next(stream)["counters"].tolist()]
+    assert seen == list(range(6 * 24))
+
+
+def test_an_epoch_holds_every_clip_and_every_image_once(config):
+    index = read_index(config.shards)
+    rows = [replace(s, key=f"{s.key}{i}") for i in range(5) for s in index.splits["train"]]
+    rows += [replace(rows[0], key=f"still{i}", kind="image", frames=1) for i in range(10)]
+    reader, drawn = Reader(replace(index, splits={"train": tuple(rows)})), []
+    clips = Clips(replace(config, images=2, height=32, width=32), reader, 3)
+    clips._cut = lambda source, *_: drawn.append(source.key) or {"hr": None, "lr.0": None}
+    for epoch in range(2):
+        drawn.clear()
+        for counter in range(15 * epoch, 15 * (epoch + 1)):
+            clips.sample(counter)
+        videos, stills = drawn[::3], [key for key in drawn if key.startswith("still")]
+        assert sorted(videos) == sorted(s.key for s in rows if s.kind == "video")
+        assert len(stills) == 30 and all(stills.count(f"still{i}") == 3 for i in range(10))
+
+
+def test_a_sample_is_what_its_draws_say(config):
+    """The slow reference: the documented draws by hand, over whole decoded clips."""
+    config = replace(config, latents_per_clip=1, flip=True, strides=(1, 2, 5))
+    clips, sources = open_dataset(config, 7), {k: moving(*v) for k, v in CLIPS.items()}
+    strides = set()
+    for counter in range(9):
+        turn = numpy_rng("order", 7, "clips train", 3, counter // 3).permutation(3)[counter % 3]
+        source = sources[clips.videos[turn].key]
+        fitting = [s for s in (1, 2, 5) if 4 * s < len(source)] or [1]
+        stride = fitting[numpy_rng("stride", 7, "train", counter, 0).integers(len(fitting))]
+        rng = numpy_rng("crop", 7, "train", counter, 0)
+        start = rng.integers(max(len(source) - 4 * stride - 1, 0) + 1)
+        top, left = rng.integers(source.shape[1] - 32 + 1), rng.integers(source.shape[2] - 64 + 1)
+        expected = source[start::stride][:5, top : top + 32, left : left + 64]
+        if rng.integers(2):
+            expected = expected[:, :, ::-1]
+        expected = np.concatenate([expected, expected[-2::-1]])[:5]
+        assert np.array_equal(pixels(clips.sample(counter)), expected)
+        lr, _ = degrade(
+            np.ascontiguousarray(expected), 4, "realbasicvsr", numpy_rng("degrade", 7, "train", counter, 0)
+        )
+        assert np.array_equal(clips.sample(counter)["segments"][0]["lr"].permute(1, 2, 3, 0).numpy(), lr)
+        strides.add(stride)
+    assert len(strides) > 1
+
+
+@pytest.mark.parametrize("have", [1, 2, 3, 7])
+def test_there_and_back(have):
+    walk = list(range(have)) + list(range(have - 2, 0, -1))
+    assert there_and_back(have, 20) == [walk[i % len(walk)] for i in range(20)]
+
+
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0)])
 def test_batches_are_the_same_for_any_world_and_workers(config, world, workers):
     clips = open_dataset(replace(config, images=1, height=32, width=32), 1)
@@ -174,6 +257,10 @@ def test_small_clips_are_left_out_and_counted_or_refused(config, capsys):
         ({"height": 40}, "height=40 must be a positive multiple of 32"),
         ({"latents_per_clip": 0}, "latents_per_clip=0"),
         ({"slots": 0}, "slots=0"),
+        ({"strides": ()}, r"strides=\[\]"),
+        ({"strides": (1, 0)}, r"strides=\[1, 0\] must be"),
+        ({"variants": 2}, "variants=2 needs slots"),
+        ({"cache_gb": 0.0}, "cache_gb=0 must be more than 0"),
         ({"scale": 3}, "multiple of scale=3"),
         ({"image_height": 64}, "need images=1"),
         ({"degradation": "nice"}, "unknown degradation preset 'nice'"),

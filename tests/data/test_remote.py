@@ -130,9 +130,9 @@ def test_what_webdataset_opens(corpus, tmp_path, monkeypatch):
     expected = open_dataset(config(corpus, tmp_path), 1).sample(0)
     for location in (f"pipe:cat {corpus}/index.json", f"file://{corpus}/index.json"):
         assert same(open_dataset(config(location, tmp_path / "cache"), 1).sample(0), expected)
-    with pytest.raises(UserError, match="cannot fetch 'pipe:cat /nowhere/index.json' .*5 attempts.*exit"):
+    with pytest.raises(UserError, match="cannot fetch 'pipe:cat .*' .5 attempts; the last: .* with code 1"):
         open_dataset(config("pipe:cat /nowhere/index.json 2>/dev/null", tmp_path), 1)
-    half = f"pipe:head -c 2000 {corpus}/index.json"
+    half = f"pipe:head -c 300 {corpus}/index.json"
     with pytest.raises(UserError, match="is no index"):
         open_dataset(config(half, tmp_path), 1)
 
