@@ -59,6 +59,60 @@ def test_compiles_and_fits(kernel, arch):
     assert 0 < built.shared <= command.SHARED[arch] and built.cubin > 0
 
 
+class PretendedDriver:
+    """A Hopper card, as far as Triton asks before it would start a kernel."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them for real")
+def test_launches_bind_and_compile_once(monkeypatch):
+    """All that a real launch does but start: as many programs as tiles, one binary whatever the selection."""
+    from triton.runtime import driver
+
+    from flashvsr.attention.backends import triton, triton_kernels
+
+    started: dict[str, list[tuple[int, str]]] = {}
+
+    class Compiled:
+        def __init__(self, function):
+            self.function = function
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                binary = self.function.warmup(*args, grid=grid, **options)
+                started.setdefault(self.function.__name__, []).append((grid[0], binary.hash))
+
+            return launch
+
+    for name in (*command.KERNELS, "row_products"):
+        monkeypatch.setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name)))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(driver, "_active", PretendedDriver())
+    for heads, queries, keys in ((12, 6, 9), (1, 1, 1), (5, 32, 48)):
+        selection = Selection.from_mask(torch.rand(1, heads, queries, keys) < 0.5, 128)
+        q, k, v = (torch.zeros(1, n * 128, heads, 128, dtype=torch.bfloat16) for n in (queries, keys, keys))
+        leaves = [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
+        triton.attention(*leaves, selection).sum().backward()
+    programs = {name: [n for n, _ in calls] for name, calls in started.items()}
+    assert programs == {
+        "forward": [72, 1, 160], "query_gradient": [72, 1, 160], "key_gradient": [108, 1, 240],
+        "row_products": [144, 2, 320],
+    }  # fmt: skip
+    for name, calls in started.items():
+        assert len({binary for _, binary in calls}) == 1, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", command.SHARED)
 def test_compiles_and_fits_in_every_form(arch):
