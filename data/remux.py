@@ -21,7 +21,11 @@ def split(source: Path, folder: Path, stem: str, most_bytes: int, beat: Beat) ->
     time stamps (`flashvsr.base.demux.frame_times`).
     """
     with opened(source) as (container, stream):
-        packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.size]
+        packets = []
+        for packet in container.demux(stream):
+            beat()
+            if packet.size:
+                packets.append((packet.pts, packet.is_keyframe, packet.size))
     starts = _starts(packets, most_bytes)
     if len(starts) == 1:
         return []
@@ -66,7 +70,8 @@ def _write(packets: Any, stream: Any, file: Path, beat: Beat) -> None:
         begin = None
         for packet in packets:
             begin = packet.pts if begin is None else begin
-            packet.pts, packet.dts = packet.pts - begin, packet.dts - begin
+            packet.pts -= begin
+            packet.dts = None if packet.dts is None else packet.dts - begin
             packet.stream = track
             out.mux(packet)
             beat()
@@ -76,11 +81,9 @@ def encode(
     source: Path, file: Path, start: int, count: int, fps: float, codec: str, crf: float, beat: Beat
 ) -> None:
     """Writes frames start … start + count - 1 of a clip to `file`, encoded anew."""
-    writer = None
-    for frame in read_frames(source, start, count):
-        if writer is None:
-            writer = VideoWriter(file, fps, *frame.shape[:2], codec=codec, crf=crf)
-            writer.__enter__()
-        writer.write(frame[None])
-        beat()
-    writer.__exit__(None, None, None)
+    frames = read_frames(source, start, count)
+    first = next(frames)
+    with VideoWriter(file, fps, *first.shape[:2], codec=codec, crf=crf) as writer:
+        for frame in itertools.chain([first], frames):
+            writer.write(frame[None])
+            beat()

@@ -115,13 +115,13 @@ def decode(source: Source, beat: Beat) -> Seen:
     return seen
 
 
-def entries(source: Source, seen: Seen) -> tuple[tuple[int, int], ...]:
+def entries(source: Source, seen: Seen, beat: Beat) -> tuple[tuple[int, int], ...]:
     """The keyframes by which the video can be entered, none where that would give other pictures.
 
     Believed when the packets tell the same time stamps as the decoded frames, and entering at the middle one
     gives the frame that decoding from the beginning gave.
     """
-    times = frame_times(source)
+    times = frame_times(source, each=beat)
     if times is None or [time for time, _ in times] != seen.times:
         return ()
     keyframes = keyframes_of(times)
@@ -162,7 +162,7 @@ def digest(files: Iterable[Path], beat: Beat) -> str:
 
 
 def scan(path: str, folder: str, stem: str, options: dict[str, Any], beat: Beat) -> dict[str, Any]:
-    """What `data.build` needs to know of a source: `{sha256, left_out, members}`, each member the fields of
+    """What `data.build` needs to know of a source: `{sha256, members}`, each member the fields of
     `data.shards.Member` but for key and source.
 
     Files that have to be made (pieces of a long video, clips encoded anew) go to `folder`, named after
@@ -174,7 +174,7 @@ def scan(path: str, folder: str, stem: str, options: dict[str, Any], beat: Beat)
     seen = decode(source, beat) if kind == "video" else look_at_pictures(files, beat)
     whole = _member(kind, files, seen, ((0, 1),) if kind == "image" else tuple(seen.clips(wanted)), beat)
     if kind == "video":
-        whole["keyframes"] = entries(source, seen)
+        whole["keyframes"] = entries(source, seen, beat)
     members = [whole]
     if wanted.codec and kind != "image":
         members = []
@@ -184,8 +184,7 @@ def scan(path: str, folder: str, stem: str, options: dict[str, Any], beat: Beat)
             members.append(_made(file, decode(file, beat), ((0, count),), beat))
     elif kind == "video" and whole["size"] > wanted.member_mb << 20 and whole["keyframes"]:
         members = _pieces(source, Path(folder), stem, wanted, seen, beat) or members
-    kept = sum(count for member in members for _, count in member["clips"])
-    return {"sha256": whole["sha256"], "left_out": seen.frames - kept, "members": members}
+    return {"sha256": whole["sha256"], "members": members}
 
 
 def _member(kind: str, files: list[Path], seen: Seen, clips: tuple, beat: Beat) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def _member(kind: str, files: list[Path], seen: Seen, clips: tuple, beat: Beat) 
 
 
 def _made(file: Path, seen: Seen, clips: tuple, beat: Beat) -> dict[str, Any]:
-    return _member("video", [file], seen, clips, beat) | {"keyframes": entries(file, seen)}
+    return _member("video", [file], seen, clips, beat) | {"keyframes": entries(file, seen, beat)}
 
 
 def _pieces(
@@ -253,7 +252,7 @@ def scan_member(
     seen = decode(files[0], beat) if kind == "video" else look_at_pictures(files, beat)
     clips = [(0, 1)] if kind == "image" else seen.clips(wanted)
     found = {"frames": seen.frames, "fps": seen.fps, "height": seen.height, "width": seen.width}
-    keyframes = entries(files[0], seen) if kind == "video" else ()
+    keyframes = entries(files[0], seen, beat) if kind == "video" else ()
     return {**found, "sha256": sha, "clips": clips, "keyframes": keyframes}
 
 

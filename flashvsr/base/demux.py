@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,13 @@ def numbered(source: Source, start: int, ahead: bool, keyframes: Keyframes = ())
             raise UserError(f"{name_of(source)} holds no decodable frame; replace or leave out the file")
 
 
-def frame_times(source: Source, last: int | None = None) -> list[tuple[int, bool]] | None:
+def frame_times(
+    source: Source, last: int | None = None, each: Callable[[], None] = lambda: None
+) -> list[tuple[int, bool]] | None:
     """(time stamp, is keyframe) of frames 0..last (default: all) in the order shown, read without decoding.
 
-    None where packets do not tell: then a frame is only found by decoding from the beginning.
+    None where packets do not tell: then a frame is only found by decoding from the beginning. `each` is
+    called at every packet.
     """
     with opened(source) as (container, stream):
         if stream.codec_context.name not in _SEEKABLE or container.format.name == "avi":
@@ -64,6 +67,7 @@ def frame_times(source: Source, last: int | None = None) -> list[tuple[int, bool
         seen: list[tuple[int, bool]] = []
         before = None
         for packet in container.demux(stream):
+            each()
             if packet.size == 0:  # the packet that ends the stream
                 continue
             if packet.pts is None or packet.is_corrupt or packet.is_discard:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data import build as module
+from data import remux
 from data.build import How, build
 from data.reader import Reader
 from data.scan import Options
@@ -59,6 +60,34 @@ def test_large_videos_are_cut_at_keyframes_with_every_frame_as_it_was(whole, hea
     assert len({s.shard for s in samples}) > 2
     held = {s.source for s in index.splits["val"]}
     assert not held & {s.source for s in index.splits["train"]}  # no piece of a held-out video is trained on
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("b_frames.mp4", "libx264", {"bf": "2", "qp": "10"}),
+        ("b_frames.mkv", "libx264", {"bf": "2", "qp": "10"}),
+        (
+            "open_groups.mp4",
+            "libx265",
+            {"x265-params": "keyint=5:open-gop=1:qp=10:log-level=none:pools=none"},
+        ),
+        ("all_keys.mkv", "ffv1", {}),
+    ],
+)
+def test_pieces_of_other_codecs_and_containers_give_every_frame(tmp_path, name, codec, options):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 90, (24, 64, 96, 3)) + rng.integers(0, 160, (24, 1, 1, 3))
+    source = encode(tmp_path / name, noise.astype(np.uint8), codec, options={"g": "5", **options})
+    pieces = remux.split(source, tmp_path, "piece", source.stat().st_size // 3, lambda: None)
+    assert len(pieces) >= 3
+    joined = []
+    for first, file in pieces:
+        assert first == len(joined)
+        joined += list(read_frames(file))
+    assert np.array_equal(np.stack(joined), np.stack(list(read_frames(source))))
+    again = remux.split(source, tmp_path, "again", source.stat().st_size // 3, lambda: None)
+    assert [file.read_bytes() for _, file in again] == [file.read_bytes() for _, file in pieces]
 
 
 def test_killed_while_reading(heavy, whole, tmp_path, monkeypatch):
