@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         "per-frame OpenCV/NumPy form, the whole preset.",
     )
     bench.add_argument("--clip", help="a video (default: procedural)")
+    bench.add_argument(
+        "--shards", metavar="DIR", help="instead: reaching clips of these shards, and the loader"
+    )
     bench.add_argument("--size", default="256x256", help="HxW of the HR frames (256x256, the published crop)")
     bench.add_argument("--frames", type=int, default=30, help="frames per clip (30, as published)")
     bench.add_argument("--draws", type=int, default=12, help="clips with other parameters (12)")
@@ -78,7 +81,13 @@ def _presets(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from data.bench import run as run_bench
+    from data.bench_loader import run as run_loader
 
+    if args.shards and args.clip:
+        raise UserError("--clip and --shards measure different things: give one of them")
+    if args.shards:
+        print(run_loader(args.shards, args.size, args.frames, args.preset, args.json))
+        return
     print(run_bench(args.clip, args.size, args.frames, args.draws, args.preset, args.json))
 
 
