@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashvsr.attention import Selection, backends, sparse_attention
-from flashvsr.attention.backends import AUTO, BACKENDS, DENSE_FROM, available, describe, gather, resolve
+from flashvsr.attention.backends import AUTO, BACKENDS, available, describe, gather, resolve
 from flashvsr.base.cli import UserError
 from flashvsr.base.measure import peak_bytes
 from tests.flashvsr.attention_cases import CASES, TOLERANCE, Case, check, errors, make, mask_of, repeats, run
@@ -140,9 +140,11 @@ def test_gather_scratch_stays_below_its_ceiling(dtype):
 def test_dense_is_used_where_nothing_sparse_gains_and_gives_the_same():
     cpu = torch.device("cpu")
     assert resolve("auto", cpu, torch.float32, 64, 128) == "gather" == AUTO[-1]
-    assert resolve("auto", cpu, torch.float32, 64, 128, density=DENSE_FROM["cpu"]) == "dense"
-    assert resolve("auto", torch.device("meta"), torch.float32, 64, 128, density=0.99) == "gather"
-    assert describe("auto", cpu, torch.float32, 64, 128).startswith("gather (auto; dense from density 0.")
+    assert resolve("auto", cpu, torch.float32, 64, 128, density=0.99) == "gather"
+    assert resolve("auto", cpu, torch.float32, 64, 128, density=1) == "dense"
+    assert resolve("auto", cpu, torch.float32, 64, 32, density=0.7) == "dense"
+    assert resolve("auto", torch.device("meta"), torch.float32, 64, 32, density=0.99) == "gather"
+    assert describe("auto", cpu, torch.float32, 64, 128) == "gather (auto; dense from density 1)"
     assert describe("gather", cpu, torch.float32, 64, 128) == "gather"
     case = Case("all", head_dim=32, block_tokens=16)
     data = make(case, slack=0)

@@ -7,8 +7,8 @@ A backend is a module with two functions:
 
 It is imported when first asked for; one whose packages are missing is listed with the reason.
 
-`auto` is the first of `AUTO` that is usable for device, dtype, head width and block size; selections that
-nothing sparse can gain from, by `DENSE_FROM`, go to `dense`, which computes the same.
+`auto` is the first of `AUTO` that is usable for device, dtype, head width and block size; selections at
+`dense_from` or above go to `dense`, which computes the same.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ BACKENDS: dict[str, str] = {
 }
 # What `auto` tries, in order: the first that is usable.
 AUTO = ("flex", "triton", "block_sparse_attn", "gather")
-# The density from which `auto` takes dense attention: measured on a CPU; on a GPU a mask would keep torch
-# from its fast kernels, so only where everything is selected and no mask is needed.
-DENSE_FROM = {"cpu": 0.7}
+
+
+def dense_from(device: torch.device, block_tokens: int) -> float:
+    """The density from which `auto` takes dense attention.
+
+    Where everything is selected there is no mask, and torch's fastest kernel runs. A mask costs more than it
+    spares, except for small blocks on a CPU: there `gather` moves much for little work (measured).
+    """
+    return 0.7 if device.type == "cpu" and block_tokens < 64 else 1.0
 
 
 @cache
@@ -64,7 +70,7 @@ def resolve(
     unusable one."""
     facts = (device, dtype, head_dim, block_tokens)
     if backend == "auto":
-        if density >= DENSE_FROM.get(device.type, 1.0):
+        if density >= dense_from(device, block_tokens):
             return "dense"
         return next(name for name in AUTO if why_not(name, *facts) is None)
     if backend in BACKENDS and (reason := why_not(backend, *facts)) is None:
@@ -77,7 +83,7 @@ def resolve(
 def describe(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_tokens: int) -> str:
     """`resolve` in words, for what a command prints and a report keeps."""
     name = resolve(backend, device, dtype, head_dim, block_tokens)
-    limit = DENSE_FROM.get(device.type, 1.0)
+    limit = dense_from(device, block_tokens)
     return f"{name} (auto; dense from density {limit:g})" if backend == "auto" else name
 
 
