@@ -125,11 +125,17 @@ class ShardCache:
         """
         key = hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:32]
         path = self.folder / f"{key}.tar"
-        if (file := _touched(path)) is not None:
-            return file
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f"{key}.lock"):
-            return _touched(path) or self._fetched(url, path, size)
+        try:
+            if (file := _touched(path)) is not None:
+                return file
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f"{key}.lock"):
+                return _touched(path) or self._fetched(url, path, size)
+        except OSError as error:
+            raise UserError(
+                f"the cache '{self.folder}' cannot be used ({error.strerror or error}): "
+                "give another data.cache_dir"
+            ) from error
 
     def _fetched(self, url: str, path: Path, size: int) -> BinaryIO:
         part = path.with_suffix(".part")

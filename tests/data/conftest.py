@@ -43,3 +43,13 @@ def shards(footage, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "data"
     build([footage], out, quiet=True)
     return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Degrades in no time: every fourth pixel, plus a number drawn from the sample's generator."""
+
+    def degrade(hr, scale, name, rng):
+        return hr[:, ::scale, ::scale] ^ np.uint8(rng.integers(256)), {}
+
+    monkeypatch.setattr("data.clips.degrade", degrade)

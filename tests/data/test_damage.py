@@ -24,6 +24,7 @@ from data.shards import read_index
 from flashvsr.base.cli import UserError
 from tests.data.conftest import moving, write_clip
 
+pytestmark = pytest.mark.usefixtures("quick")
 FOOTAGE = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 

@@ -57,8 +57,14 @@ STREAMS = {
     "intra refresh, no keyframe but the first": ("libx264", {"g": "15", "x264-params": "intra-refresh=1"}),
     "interlaced": ("libx264", {"g": "20", "bf": "2", "flags": "+ildct+ilme", "x264-params": "tff=1"}),
     "no B frames": ("libx264", {"g": "10", "tune": "zerolatency"}),
-    "HEVC with open GOP": ("libx265", {"g": "12", "x265-params": "open-gop=1:bframes=4:log-level=none"}),
-    "VP9 with hidden frames": ("libvpx-vp9", {"g": "16", "auto-alt-ref": "1", "lag-in-frames": "12"}),
+    "HEVC with open GOP": (
+        "libx265",
+        {"g": "12", "x265-params": "open-gop=1:bframes=4:log-level=none", "preset": "ultrafast"},
+    ),
+    "VP9 with hidden frames": (
+        "libvpx-vp9",
+        {"g": "16", "auto-alt-ref": "1", "lag-in-frames": "12", "cpu-used": "8"},
+    ),
     "MPEG-4": ("mpeg4", {"g": "12", "bf": "2"}),
     "all keyframes": ("mjpeg", {}),
 }

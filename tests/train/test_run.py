@@ -95,6 +95,17 @@ def test_stopping_and_going_on_equals_never_stopping(runs):
         assert numbers[0] == numbers[1]
 
 
+def test_training_from_the_cache_equals_training_without(runs):
+    """Clips decoded, degraded and encoded at every step, or read as they were once made: the same bits."""
+    shutil.copytree(runs / "mini/vae", runs / "off/vae")
+    assert loop.run(config("teacher", runs, "data.latents=off", run="off"), WORLD) == 0
+    assert not list((runs / "off").glob("latents-train*")) and list((runs / "mini").glob("latents-train*"))
+    a, b = (flashvsr.load(runs / run / "stage1/export") for run in ("mini", "off"))
+    for part in ("dit", "lr_projector"):
+        one, other = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_changed_settings_are_refused_with_a_diff(runs):
     shutil.rmtree(runs / "mini/stage2/export", ignore_errors=True)
     with pytest.raises(UserError, match=r"optim\.lr: .* -> 0\.5"):
