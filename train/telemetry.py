@@ -167,6 +167,8 @@ def _train_words(window: list[dict[str, float]]) -> list[str]:
             words.append(f"{sum(values['samples']) / seconds:6.2f} samples/s")
         if "data_seconds" in values:
             words.append(f"wait {100 * sum(values['data_seconds']) / seconds:2.0f}%")
+    if damaged := sum(values.get("data_damaged", [])):
+        words.append(f"{damaged:.0f} damaged clips")
     words.append(f"{values['peak_memory_bytes'][-1] / 1e9:.1f} GB")
     return words
 
