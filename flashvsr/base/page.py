@@ -333,7 +333,7 @@ def _histogram(title: str, values: Sequence[float], mark: float | None) -> tuple
             (round(k * width, 1), 100 - height, round(width - 1, 1), height, f"{n} from {edges[k]:.4g}")
         )
     ends = ((0, "start"), (150, "middle"), (300, "end"))
-    marks = [(x, anchor, f"{least + x / 300 * (most - least):.3g}") for x, anchor in ends]
+    marks = [(x, anchor, f"{least + x / 300 * (most - least):.4g}") for x, anchor in ends]
     line = None if mark is None else round(300 * (mark - least) / (most - least), 1)
     return f"{title} ({len(known):,})", bars, marks, line
 
