@@ -25,6 +25,7 @@ WHAT = {
     "pipeline": "a whole stream: frames per second and time per part",
     "gpu": "all of it, and the pipeline's switches one at a time: one call for a lent GPU",
 }
+REPEATS = {"attention": 5, "decoder": 2, "gpu": 5}
 GPU_SIZES = ((768, 1408), (1152, 1920), (1536, 2560))  # the second is 1080p, padded
 
 
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
         sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here as well")
-        sub.add_argument("--repeats", type=int, default=5, help="median of so many runs (%(default)s)")
+        few = REPEATS.get(name, 3)
+        sub.add_argument("--repeats", type=int, default=few, help="median of so many runs (%(default)s)")
         if name != "attention":
             sub.add_argument("--scale", help="tiny, small or wan1.3b (default: small; wan1.3b on cuda)")
     a = made["attention"]
