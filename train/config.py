@@ -49,6 +49,7 @@ class TeacherStage:
 class SparseCausalStage:
     name: Literal["sparse_causal"]
     sparse_ratio: float | None
+    attention: str  # backend of block-sparse attention
     random_window: bool
     random_history: bool
     lora_rank: int
@@ -67,6 +68,7 @@ class OneStepLoss:
 class OneStepStage:
     name: Literal["one_step"]
     sparse_ratio: float | None
+    attention: str  # backend of block-sparse attention
     random_window: bool
     random_history: bool
     student_every: int

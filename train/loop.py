@@ -31,7 +31,7 @@ from train.validate import Validation
 # Settings that may differ between a checkpoint and the run that continues it: they do not touch the maths.
 FREE = {
     "runs_dir", "save_every", "validate_every", "keep_last", "resume", "log", "parallel", "micro_batch_size",
-    "checkpointing", "device", "expect", "data.workers", "data.cache_dir", "data.cache_gb",
+    "checkpointing", "device", "expect", "data.workers", "stage.attention", "data.cache_dir", "data.cache_gb",
 }  # fmt: skip
 
 
@@ -196,7 +196,9 @@ def _announce(stage: Stage, start: int, accumulation: int) -> None:
     print(
         f"{STAGES[config.stage.name]} ({config.stage.name}) of run {config.run}: {sizes}; "
         f"batch {config.global_batch_size} = {config.micro_batch_size} x {world.size} processes x "
-        f"{accumulation}; {config.precision} on {world.device}; step {start} of {config.steps}",
+        f"{accumulation}; {config.precision} on {world.device}; "
+        + "".join(f"{what}: {name}; " for what, name in stage.in_use.items())
+        + f"step {start} of {config.steps}",
         flush=True,
     )
 

@@ -120,6 +120,13 @@ def test_a_stage_before_the_one_it_needs(runs, stage, needed):
     assert not (runs / "empty" / "stage1" / "export").exists()
 
 
+def test_the_attention_backend_is_named_and_kept(runs):
+    told = flashvsr.load(runs / "mini/stage2/export").info.provenance["attention"]
+    assert told == "gather (auto; dense from density 0.7)"
+    with pytest.raises(UserError, match="backend 'fast' is unknown; usable: auto, reference, gather"):
+        make_stage(config("sparse_causal", runs, "stage.attention=fast"), WORLD)
+
+
 @pytest.fixture(scope="module")
 def one_step(runs):
     stage = make_stage(config("one_step", runs), WORLD)

@@ -28,7 +28,7 @@ from train.losses.flow_matching import flow_matching
 from train.losses.pixel import mse, window_frames
 from train.stages.feed import Inputs
 from train.stages.shared import LOADED, Loss, Stage
-from train.stages.sparse_causal import INFERENCE_WINDOW, causal_plan, step_window
+from train.stages.sparse_causal import INFERENCE_WINDOW, attention_in_use, causal_plan, step_window
 from train.turns import Losses
 from train.validate import run_method
 
@@ -41,6 +41,7 @@ class OneStep(Stage):
         mode = replace(start.config.lr_projector, mode="causal")
         self.sizes = replace(start.config, lr_projector=mode, vae=self.frozen_vae.config)
         self.fixed_prompt = self.prompt(start.prompt)
+        self.in_use = attention_in_use(self)
         self.roles["student"] = self.engine(start.denoiser())
         self.teacher = None
         if self.config.stage.loss.dmd:

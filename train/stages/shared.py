@@ -52,6 +52,7 @@ class Stage:
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world, self.device = config, world, world.device
         self.roles: dict[str, Engine] = {}
+        self.in_use: dict[str, str] = {}  # what was chosen, printed once and kept in flashvsr.json
         self.ema: Ema | None = None
         torch.manual_seed(seed_of(config.seed, "init", config.stage.name))
         self.build()
@@ -206,6 +207,7 @@ class Stage:
                 "seed": self.config.seed,
                 "global_batch_size": self.config.global_batch_size,
                 "torch": torch.__version__,
+                **self.in_use,
             },
         )
         return replace(base, **changes)

@@ -5,12 +5,15 @@ The projector becomes `causal`, on stage 1's weights; one noise level per clip; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flashvsr.attention.backends import describe
 from flashvsr.attention.plans import CHUNK, SparseCausal, training_ratio
 from flashvsr.base.draws import Draw
 from flashvsr.flow import add_noise, shift_sigma
@@ -35,8 +38,17 @@ def causal_plan(stage: Stage, latent: Tensor, window: int) -> SparseCausal:
         head_dim=dit.head_dim,
         ratio=training_ratio(stage.config.stage.sparse_ratio, d.height * d.width, d.height, d.width),
         window=window,
+        backend=stage.config.stage.attention,
         device=stage.device,
     )
+
+
+def attention_in_use(stage: Stage) -> dict[str, str]:
+    """The backend behind `stage.attention`, in words; UserError where it cannot run."""
+    dit = stage.sizes.dit
+    dtype = torch.float32 if stage.config.precision == "fp32" else torch.bfloat16
+    backend = stage.config.stage.attention
+    return {"attention": describe(backend, stage.device, dtype, dit.head_dim, math.prod(dit.block))}
 
 
 def step_window(stage: Stage, draw: Draw) -> int:
@@ -63,6 +75,7 @@ class SparseCausalStudent(Stage):
         self.fixed_prompt = self.prompt(start.prompt)
         denoiser = start.denoiser()
         denoiser.lr_projector.config = self.sizes.lr_projector
+        self.in_use = attention_in_use(self)
         self.roles["student"] = self.engine(denoiser)
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
