@@ -20,7 +20,7 @@ MAY_TAKE = {
 }
 
 # Installed only with an extra, or needed only by some commands: imported where they are used.
-LAZY = ("hydra", "deepspeed", "webdataset", "av", "lpips")
+LAZY = ("hydra", "deepspeed", "webdataset", "av", "lpips", "triton", "transformers", "diffusers", "cv2")
 
 
 def imports(source: str) -> set[str]:
