@@ -81,6 +81,8 @@ def test_flashvsr_and_train_import_without_the_extras():
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for package in ("flashvsr", "train")
         for path in (ROOT / package).rglob("*.py")
+        if path.name
+        != "triton_kernels.py"  # kernels are written in Triton's language; their backend imports them
     )
     code = f"""
 import importlib, sys
