@@ -93,10 +93,17 @@ def of_density(tokens: int, density: float, block_tokens: int, heads: int, head_
     return Shape(((0,),), (1, blocks), ratio, block_tokens, heads, head_dim)
 
 
-def steady(height: int, width: int, block: tuple[int, int, int] = (2, 8, 8), **more: int) -> Shape:
-    """One streaming chunk that sees three past ones, at an output size and the release's settings."""
+def steady(
+    height: int,
+    width: int,
+    block: tuple[int, int, int] = (2, 8, 8),
+    area: int = 768 * 1280,
+    **more: int,
+) -> Shape:
+    """One streaming chunk that sees three past ones, at an output size and the release's settings; `area`:
+    pixels of the training size."""
     blocks = (height // (16 * block[1]), width // (16 * block[2]))
-    ratio = 2.0 * 768 * 1280 / (height * width)
+    ratio = 2.0 * area / (height * width)
     tokens = block[0] * block[1] * block[2]
     return Shape(((0, 1, 2, 3),), blocks, ratio, tokens, local_range=11, **more)
 

@@ -57,7 +57,8 @@ class Campaign:
             self.missing |= {f"{report.title}: {n}": t for n, t in report.extra.get("failed", {}).items()}
         if self.switches:
             parts.append(self._switch_table())
-        parts += [f"not measured: {what} ({why})" for what, why in self.missing.items()]
+        if self.missing:
+            parts.append("\n".join(f"not measured: {what} ({why})" for what, why in self.missing.items()))
         return "\n\n".join(parts)
 
     def _switch_table(self) -> str:
@@ -96,7 +97,7 @@ def run(
     where = (subject.device, subject.dtype)
 
     def steady(s: Subject) -> Report:
-        shape = attention.steady(*s.size, block, **more)
+        shape = attention.steady(*s.size, block, s.area, **more)
         title = f"attention, steady chunk of {s.size[0]}x{s.size[1]}"
         return attention.bench(shape, *where, title=title, backward=False, repeats=repeats)
 

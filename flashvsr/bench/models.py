@@ -53,6 +53,11 @@ class Subject:
         """Rows and columns of tokens."""
         return self.size[0] // TOKEN_PIXELS, self.size[1] // TOKEN_PIXELS
 
+    @property
+    def area(self) -> int:
+        """Pixels of the training size: the release's, or this one where it is smaller."""
+        return min(768 * 1280, self.size[0] * self.size[1])
+
     def facts(self) -> dict[str, str]:
         return {"scale": self.scale, "size": f"{self.size[0]}x{self.size[1]}"}
 
@@ -65,7 +70,7 @@ class Subject:
                 module = PARTS[part](getattr(self.config, part))
             made[part] = module.to(self.dtype).requires_grad_(False).eval()
         prompt = random_prompt(self.config.dit, 0).to(self.device) if "dit" in parts else None
-        info = ModelInfo("one-step", area=min(768 * 1280, self.size[0] * self.size[1]))
+        info = ModelInfo("one-step", area=self.area)
         return FlashVSR(**made, prompt=prompt, config=self.config, info=info)
 
     def frames(self, count: int) -> Tensor:
