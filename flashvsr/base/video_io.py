@@ -76,8 +76,9 @@ def list_clips(folder: str | Path, unreadable: list[tuple[str, str]] | None = No
     """All clips under a folder, in natural order: video files, single images, folders of frames.
 
     A folder of numbered images of one size is one clip; images of several sizes are a clip each. Hidden
-    files are passed over. A file is its own list. Links are followed, in circles once. UserError when the path
-    does not exist. A folder that may not be read raises OSError, or goes to `unreadable` as (name, reason).
+    files are passed over. A file is its own list. Links are followed, in circles once. UserError when the
+    path does not exist. A folder that may not be read raises OSError, or goes to `unreadable` as (name,
+    reason).
     """
     folder = Path(folder)
     if not folder.exists():
