@@ -81,8 +81,7 @@ def test_flashvsr_and_train_import_without_the_extras():
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for package in ("flashvsr", "train")
         for path in (ROOT / package).rglob("*.py")
-        if path.name
-        != "triton_kernels.py"  # kernels are written in Triton's language; their backend imports them
+        if not path.name.startswith("triton")  # a backend that cannot be imported is listed with the reason
     )
     code = f"""
 import importlib, sys
