@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW
 
 from flashvsr.base.cli import UserError
 from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
+from flashvsr.weights.tensors import write_safetensors
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -54,7 +55,7 @@ def save(
     path = folder / f"step-{step:06d}"
     with atomic_dir(path, replace=True) as aside:
         for part, tensors in parts.items():
-            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, aside / f"{part}.safetensors")
+            write_safetensors(aside / f"{part}.safetensors", tensors, {})
         write_json(aside / STATE, {**meta, "step": step})
         files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())}
         write_json(aside / MANIFEST, {"format": FORMAT, "parts": list(parts), "files": files})

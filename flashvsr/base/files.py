@@ -46,8 +46,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
+    part.touch()
+    mode = part.stat().st_mode  # as the user's umask wants it; some writers make files only the owner reads
     try:
         yield part
+        part.chmod(mode)
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)

@@ -119,9 +119,7 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
 
     try:
         path.touch()
-        mode = (
-            path.stat().st_mode
-        )  # as the user's umask wants it; safetensors makes files only the owner reads
+        mode = path.stat().st_mode  # of the user's umask; safetensors makes files that only the owner reads
         save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, path, dict(metadata))
         path.chmod(mode)
     except (SafetensorError, OSError) as error:

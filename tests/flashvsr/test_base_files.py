@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
@@ -97,3 +98,11 @@ def test_torch_files_are_mapped_and_plain(tmp_path):
     path.write_bytes(before[:100])
     with pytest.raises(UserError, match="a.pth is not a whole file of plain tensors"):
         load_torch(path)
+
+
+def test_an_atomic_file_has_the_mode_the_umask_gives(tmp_path):
+    with atomic(tmp_path / "a") as part:
+        part.unlink()
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -207,6 +207,9 @@ def _deepspeed(world: World):
         import deepspeed
     except ImportError:
         raise UserError("parallel=zero* needs DeepSpeed: pip install deepspeed, or use fsdp2") from None
+    if world.device.type == "cpu":
+        # gloo serves; the kernel for shared memory would be compiled for a minute first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 
