@@ -1,8 +1,7 @@
 """Work on files that may be damaged, in processes that may hang or die.
 
 A `Pool` runs jobs in other processes and takes back JSON. What a damaged file does to a decoder (an error, a
-crash, no end) costs that file alone and becomes a reason. `python -m data.workers` is the other end: one job
-per line on stdin, its beats and its result as lines on stdout.
+crash, no end) costs that file alone and becomes a reason. The other end is `data.jobs`.
 """
 
 import errno
@@ -19,8 +18,7 @@ from typing import Any
 
 from flashvsr.base.cli import UserError
 
-Beat = Callable[[], None]
-SECONDS_PER_BEAT = 0.5
+Beat = Callable[[], None]  # a job calls it often: a sign of life
 JOBS_PER_PROCESS = 1000  # then a new one takes over: what decoders leak does not add up
 
 
@@ -114,7 +112,7 @@ class _Worker:
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "data.workers"],
+            [sys.executable, "-m", "data.jobs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -174,41 +172,3 @@ def full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _jobs() -> dict[str, Callable[..., Any]]:
-    from data.scan import scan, scan_member
-    from data.scores import score
-
-    return {"scan": scan, "scan_member": scan_member, "score": score}
-
-
-def _answer(work: Callable[..., Any], arguments: dict[str, Any], beat: Beat) -> dict[str, Any]:
-    try:
-        return {"result": work(**arguments, beat=beat)}
-    # What libraries raise over damaged files; anything else is a bug of ours and ends the process.
-    except (UserError, OSError, ValueError, OverflowError, MemoryError, EOFError) as error:
-        text = str(error).strip() or type(error).__name__
-        return {"full": text} if full_disk(error) else {"failed": text}
-
-
-def main() -> None:
-    # Whatever a library prints must not mix with the answers.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    jobs, last = _jobs(), 0.0
-
-    def beat() -> None:
-        nonlocal last
-        if time.monotonic() - last > SECONDS_PER_BEAT:
-            last = time.monotonic()
-            print("null", file=out, flush=True)
-
-    beat()
-    for line in sys.stdin:
-        job = json.loads(line)
-        print(json.dumps(_answer(jobs[job.pop("do")], job, beat)), file=out, flush=True)
-
-
-if __name__ == "__main__":
-    main()
