@@ -155,20 +155,15 @@ def switches(subject: Subject, compiling: bool) -> list[Switch]:
     found.append(Switch("projector as matrix products", products=True))
     found.append(Switch("decoder in channels-last order", apply=channels_last))
     if compiling:
-        found.append(Switch("blocks compiled (before, after)", apply=compile_blocks))
+        found.append(
+            Switch("blocks compiled (before, after)", apply=lambda model: model.dit.compile_blocks())
+        )
         found.append(Switch("decoder compiled", apply=compile_decoder))
     return found
 
 
 def channels_last(model: FlashVSR) -> None:
     model.tc_decoder.to(memory_format=torch.channels_last)
-
-
-def compile_blocks(model: FlashVSR) -> None:
-    """What is around attention, as two functions shared by all layers; attention stays outside."""
-    for block in model.dit.blocks:
-        block.before = torch.compile(block.before, dynamic=False)
-        block.after = torch.compile(block.after, dynamic=False)
 
 
 def compile_decoder(model: FlashVSR) -> None:

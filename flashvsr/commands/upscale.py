@@ -56,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
         "--lr-projector", default="auto", choices=("auto", "v1", "v1.1"), help="of a release folder whose "
         "name does not say it",
     )  # fmt: skip
+    p.add_argument(
+        "--compile", action="store_const", const=True, help="one-step models: compile the blocks; faster "
+        "after a slow start",
+    )  # fmt: skip
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, else float32)")
     p.add_argument(
@@ -68,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 SETTINGS = (
     "scale", "decoder", "color_fix", "seed", "attention", "sparse_ratio", "kv_chunks", "local_range", "steps",
+    "compile",
 )  # fmt: skip
 
 

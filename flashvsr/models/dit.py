@@ -146,6 +146,14 @@ class DiT(nn.Module):
         self.head = Head(config)
         self.checkpointing = False  # recompute blocks in the backward pass
 
+    def compile_blocks(self) -> None:
+        """Compiles what is around attention (norms, modulation, RoPE, feed-forward) once for all layers;
+        attention, whose plan differs from layer to layer, stays outside. A second call changes nothing."""
+        for block in self.blocks:
+            if "before" not in vars(block):
+                block.before = torch.compile(block.before, dynamic=False)
+                block.after = torch.compile(block.after, dynamic=False)
+
     @torch.no_grad()
     def set_prompt(self, prompt: Tensor) -> None:
         """Computes every block's prompt keys and values from the prompt embedding `1 L text_dim`."""

@@ -58,7 +58,8 @@ class StreamingUpscaler:
     remembered (at least 2); local_range: block rows and columns a block sees, or None for all; attention:
     backend; color_fix: adain, wavelet or none; seed: of the noise; noise: gives a latent's noise instead, a
     function `(latent index, (16, h, w)) -> float32 tensor`, h and w at the padded size, or a mapping from
-    latent index to such tensors.
+    latent index to such tensors; compile: compiles the blocks of `model` with torch.compile, which takes a
+    minute at the first two pushes of a size and needs a C++ compiler (CPU) or Triton (GPU).
 
     Raises UserError for a model that does not stream, a missing part or a setting out of range.
     """
@@ -76,6 +77,7 @@ class StreamingUpscaler:
         color_fix: Literal["adain", "wavelet", "none"] = "adain",
         seed: int = 0,
         noise: Noise | Mapping[int, Tensor] | None = None,
+        compile: bool = False,
     ):
         if model.info.kind != "one-step":
             raise UserError(
@@ -99,6 +101,9 @@ class StreamingUpscaler:
         self.attention = attention_in_use(model, attention)
         self.model, self.device = model, model_device(model)
         self.denoiser = model.denoiser()
+        self.compiled = compile
+        if compile:
+            model.dit.compile_blocks()
         self.decoder_name, self.decoder = choose_decoder(model, decoder)
         self.noise = noise_source(noise, seed)
         block = model.dit.config.block
@@ -119,6 +124,7 @@ class StreamingUpscaler:
             "kv_chunks": s.kv_chunks,
             "local_range": s.local_range,
             "color_fix": s.color_fix,
+            "compiled": self.compiled,
             "device": str(self.device),
         }
 

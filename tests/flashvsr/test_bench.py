@@ -169,7 +169,7 @@ def test_compiled_blocks_are_two_functions_for_all_layers(tiny):
     with torch.no_grad():
         expected = call()[0]
         model.dit = dit
-        gpu.compile_blocks(model)
+        dit.compile_blocks()
         before = counters["stats"]["unique_graphs"]
         assert (call()[0] - expected).abs().max() < 1e-5
     assert counters["stats"]["unique_graphs"] == before + 2

@@ -276,6 +276,19 @@ def test_bfloat16_weights_are_close_to_float32(micro_model, tmp_path):
     assert StreamingUpscaler(half).in_use["precision"] == "bfloat16"
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_frames(micro_model):
+    """Apart from rounding: never more than a level. A second upscaler of the model compiles nothing again."""
+    model = micro_model()
+    plain = in_pieces(StreamingUpscaler(model), video(33), [33])
+    upscaler = StreamingUpscaler(model, compile=True)
+    assert upscaler.in_use["compiled"]
+    before = model.dit.blocks[0].before
+    assert StreamingUpscaler(model, compile=True).model.dit.blocks[0].before is before
+    frames = in_pieces(upscaler, video(33), [33])
+    assert np.abs(frames.astype(int) - plain.astype(int)).max() <= 1
+
+
 def test_mirroring():
     assert mirrored(4, 11).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
     assert mirrored(1, 3).tolist() == [0, 0, 0]
