@@ -205,6 +205,10 @@ class TrainConfig:
             )
         if min(self.steps, self.save_every, self.validate_every, self.micro_batch_size) < 1:
             raise UserError("steps, save_every, validate_every and micro_batch_size must be at least 1")
+        if self.parallel.kind == "zero3" and self.stage.name == "one_step":
+            raise UserError(
+                "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: use fsdp2 or zero2"
+            )
         if self.data.latents_per_clip % 2:
             raise UserError(
                 f"data.latents_per_clip={self.data.latents_per_clip} must be even: a chunk is 2 latents"

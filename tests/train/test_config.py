@@ -58,3 +58,9 @@ def test_mistakes_name_the_key(override, sentence):
 def test_the_command_line_beats_recipe_and_scale():
     config = compose("teacher", ["recipe=paper", "optim.lr=0.5", "steps=7"])
     assert config.optim.lr == 0.5 and config.steps == 7
+
+
+def test_zero3_is_refused_where_roles_run_inside_each_other():
+    assert compose("sparse_causal", ["parallel=zero3"]).parallel.kind == "zero3"
+    with pytest.raises(UserError, match="parallel=zero3 cannot run stage 3.*fsdp2 or zero2"):
+        compose("one_step", ["parallel=zero3"])
