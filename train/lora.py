@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ class LoRALinear(nn.Linear):
         for _, param in self.named_parameters(recurse=False):
             param.requires_grad_(False)
         where = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **where)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **where)
+        self.lora_A = _empty_linear(base.in_features, rank, where)
+        self.lora_B = _empty_linear(rank, base.out_features, where)
         bound = 1.0 / math.sqrt(base.in_features)
         with torch.no_grad():
             self.lora_A.weight.copy_(
@@ -53,6 +54,13 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+
+
+def _empty_linear(inputs: int, outputs: int, where: Mapping[str, Any]) -> nn.Linear:
+    # torch's skip_init cannot do this under fake tensors
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(outputs, inputs, **where))
+    return layer
 
 
 def adapted(module: nn.Module) -> dict[str, LoRALinear]:

@@ -159,18 +159,8 @@ class Stage:
         return denoiser.to(self.device).requires_grad_(False).eval()
 
     def engine(self, module: nn.Module, lr: float | None = None) -> Engine:
-        """A trained role: fixes what must stay fixed, adds the adapter, wraps."""
-        module.to(self.device).train()
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in FROZEN))
-        if isinstance(module, Denoiser):
-            dit = module.dit
-            dit.checkpointing = self.config.checkpointing
-            if self.config.stage.lora_rank:
-                dit.requires_grad_(False)
-                inject(
-                    dit, self.config.stage.lora_targets, self.config.stage.lora_rank, seed=self.config.seed
-                )
+        """A trained role: made ready, then wrapped."""
+        ready_to_train(module.to(self.device), self.config)
         o = self.config.optim
         rate = o.lr if lr is None else lr
         optimizer = partial(build_optimizer, lr=rate, weight_decay=o.weight_decay, betas=o.betas)
@@ -246,6 +236,20 @@ class Stage:
 
     def noise(self, draw: Draw, name: str, like: Tensor) -> Tensor:
         return draw.normal(name, tuple(like.shape[1:])).to(self.device)
+
+
+def ready_to_train(module: nn.Module, config: TrainConfig) -> nn.Module:
+    """In place: what must stay fixed is fixed, the adapter is in, checkpointing is as asked."""
+    module.train()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in FROZEN))
+    if isinstance(module, Denoiser):
+        dit, stage = module.dit, config.stage
+        dit.checkpointing = config.checkpointing
+        if stage.lora_rank:
+            dit.requires_grad_(False)
+            inject(dit, stage.lora_targets, stage.lora_rank, seed=config.seed)
+    return module
 
 
 def relative(path: Path) -> str:
