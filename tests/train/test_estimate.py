@@ -13,7 +13,7 @@ from flashvsr import flops
 from flashvsr.attention.plans import PackedDense, SparseCausal
 from flashvsr.base.cli import UserError
 from flashvsr.config import PRESETS
-from train import estimate, footprint, work
+from train import costs, estimate, footprint, work
 from train.config import compose
 from train.ema import Ema
 from train.optim import build_optimizer
@@ -51,16 +51,16 @@ def test_state_is_what_an_engine_holds_after_a_step(rank):
     gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
     engine.step(1e-3)
     state = [t for s in engine.optimizer.state.values() for t in s.values()]
-    costs = estimate.estimate(c, 1)
-    said = costs.state["teacher"]
-    assert costs.parameters["teacher"][:2] == (sum(p.numel() for p in module.parameters()), engine.count)
+    cost = costs.estimate(c, 1)
+    said = cost.state["teacher"]
+    assert cost.parameters["teacher"][:2] == (sum(p.numel() for p in module.parameters()), engine.count)
     assert said["weights"] == sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
     assert said["gradients"] == gradients
     assert said["optimiser"] == sum(t.nbytes for t in state)
     assert said["EMA"] == sum(t.nbytes for t in ema.shadow.values())
     weights = sum(t.nbytes for t in engine.weights().values())
     moments = sum(t.nbytes for t in engine.optimizer_state().values())
-    assert costs.save_host == pytest.approx(weights + moments + said["EMA"], rel=0.001)
+    assert cost.save_host == pytest.approx(weights + moments + said["EMA"], rel=0.001)
 
 
 def test_slices_of_the_parallel_kinds():
@@ -69,7 +69,7 @@ def test_slices_of_the_parallel_kinds():
     frozen, trained, count = 60, 40, 4
 
     def state(kind):
-        return estimate.role_state(module, kind, 4, ema=True)
+        return costs.role_state(module, kind, 4, ema=True)
 
     assert state("ddp")["optimiser"] == 2 * 4 * trained + count
     fsdp = state("fsdp2")  # rows 10 -> 3 on the first of four ranks, 4 -> 1
@@ -166,7 +166,7 @@ def test_mistakes(argument, says):
 
 def test_what_does_not_fit_is_refused_with_the_smallest_change(monkeypatch, capsys):
     c = config("sparse_causal", "checkpointing=false")
-    need, less = (estimate.estimate(replace(c, checkpointing=ck), 1).peak for ck in (False, True))
+    need, less = (costs.estimate(replace(c, checkpointing=ck), 1).peak for ck in (False, True))
     between = (need + less) / 2 / estimate.GIB / (1 - estimate.RESERVE)
     monkeypatch.setitem(estimate.GPUS, "h100-80g", estimate.Gpu(between, 989, 67))
     argv = ["stage=2", "scale=tiny", "data.latents_per_clip=4"]
