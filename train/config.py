@@ -207,7 +207,8 @@ class TrainConfig:
             raise UserError("steps, save_every, validate_every and micro_batch_size must be at least 1")
         if self.parallel.kind == "zero3" and self.stage.name == "one_step":
             raise UserError(
-                "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: use fsdp2 or zero2"
+                "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: "
+                "use fsdp2 or zero2"
             )
         if self.data.latents_per_clip % 2:
             raise UserError(

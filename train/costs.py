@@ -13,8 +13,9 @@ from flashvsr.base.cli import UserError
 from flashvsr.config import PRESETS, ModelConfig
 from train import footprint, work
 from train.config import TrainConfig
+from train.losses.pixel import fill
 from train.parallel.fsdp2 import UNITS
-from train.stages.feed import LR_FRAMES_OF_IMAGE
+from train.stages.feed import LR_FRAMES_OF_IMAGE, encode_clip
 
 DEEPSPEED_BUCKET = 5 * 10**8  # elements, its default
 
@@ -196,14 +197,15 @@ def _activations(
 
     def encode() -> None:  # clips are encoded one by one
         with footprint.autocast(config):
-            vae.encode(torch.zeros(1, 3, 4 * latents - 3, *size))
+            encode_clip(vae, torch.zeros(1, 3, 4 * latents - 3, *size))
 
     if d.latents == "off" or d.slots is None:
         costs.frozen["VAE encode"] = footprint.forward_peak(encode)
 
     def prefix(count: int) -> None:
+        z = torch.zeros(batch, vae.config.z_dim, latents, size[0] // 8, size[1] // 8)
         with footprint.autocast(config):
-            vae.decode(torch.zeros(batch, vae.config.z_dim, latents - count, size[0] // 8, size[1] // 8))
+            fill(lambda start, stop, memory: vae.decode(z[:, :, start:stop], memory), latents - count)
 
     if s.name == "one_step":
         costs.frozen["VAE decode of the longest prefix"] = footprint.forward_peak(

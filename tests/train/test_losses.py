@@ -8,6 +8,7 @@ from flashvsr.models.wan_vae import WanVAE
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching, segment_errors
 from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.stages.feed import encode_clip
 
 
 def randn(*shape, seed=0):
@@ -98,6 +99,18 @@ def test_decoding_a_window_equals_the_whole_and_reaches_no_other_latent():
         inside = torch.zeros(6, dtype=torch.bool)
         inside[first : first + 2] = True
         assert (reached[~inside] == 0).all() and (reached[inside] > 0).all()
+    with torch.no_grad():
+        frames = decode_window(lambda a, b, memory: vae.decode(z[:, :, a:b], memory), 1, 5)
+    assert torch.allclose(frames, whole[:, :, window_frames(1, 5)], atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_a_clip_encoded_in_pieces_equals_the_whole(n):
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=4)).requires_grad_(False)
+    video = randn(1, 3, 4 * n - 3, 32, 32)
+    whole, _ = vae.encode(video)
+    assert whole.shape[2] == n and torch.allclose(encode_clip(vae, video), whole, atol=1e-5)
 
 
 def test_pixel_losses_average_over_a_sample():

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Decode = Callable[[int, int, Any], tuple[Tensor, Any]]  # first, last+1 latent, memory -> frames, memory
 
+PIECE = 2  # latents decoded at once where no gradient is needed
+
 
 def window_frames(first: int, count: int = 2) -> slice:
     """HR frames of latents first ... first + count - 1: latent 0 is frame 0, latent i is 4i-3 ... 4i."""
@@ -23,12 +25,28 @@ def window_frames(first: int, count: int = 2) -> slice:
 
 
 def decode_window(decode: Decode, first: int, count: int = 2) -> Tensor:
-    """Frames `B 3 F H W` of latents first ... first+count-1, with gradient through those latents alone."""
+    """Frames `B 3 F H W` of latents first ... first+count-1, with gradient through those latents alone.
+
+    What needs no gradient is decoded `PIECE` latents at a time: at once, a clip of the paper's
+    size would take 235 GiB.
+    """
+    with torch.no_grad():
+        memory = fill(decode, first)
+    if torch.is_grad_enabled():
+        return decode(first, first + count, memory)[0]
+    frames = []
+    for start in range(first, first + count, PIECE):
+        part, memory = decode(start, min(start + PIECE, first + count), memory)
+        frames.append(part)
+    return torch.cat(frames, 2)
+
+
+def fill(decode: Decode, stop: int) -> Any:
+    """The decoder's memory after latents 0 ... stop-1 (None for none of them)."""
     memory = None
-    if first:
-        with torch.no_grad():
-            _, memory = decode(0, first, None)
-    return decode(first, first + count, memory)[0]
+    for start in range(0, stop, PIECE):
+        _, memory = decode(start, min(start + PIECE, stop), memory)
+    return memory
 
 
 def mse(sr: Tensor, hr: Tensor) -> Tensor:

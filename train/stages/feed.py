@@ -37,6 +37,18 @@ class Inputs:
         return self.lr[0].shape[0]
 
 
+def encode_clip(vae: WanVAE, video: Tensor) -> Tensor:
+    """`B 3 4n-3 H W` in [-1,1] -> normalised latents `B 16 n h w`, two at a time: at once, a clip of the
+    paper's size would take 168 GiB."""
+    pieces, memory = [], None
+    for start, stop in zip(
+        [0, *range(5, video.shape[2], 8)], [*range(5, video.shape[2], 8), None], strict=True
+    ):
+        latent, memory = vae.encode(video[:, :, start:stop], memory)
+        pieces.append(latent)
+    return torch.cat(pieces, 2)
+
+
 class Feed:
     """A stage's data. Without a `vae` there are no latents."""
 
@@ -108,7 +120,7 @@ class Feed:
     def encode(self, hr: Tensor) -> Tensor:
         """HR frames uint8 `C F H W` -> normalised latents `16 n h w`, float32 on the CPU."""
         with self.autocast():
-            latent, _ = self.vae.encode(to_signed(hr)[None].to(self.world.device))
+            latent = encode_clip(self.vae, to_signed(hr)[None].to(self.world.device))
         return latent[0].float().cpu()
 
     def batches(self, clips: Any, start: int) -> Iterator[Mapping[str, Any]]:
