@@ -18,7 +18,7 @@ from flashvsr.base.files import write_json
 from flashvsr.base.measure import interleaved, machine, time_median
 from flashvsr.base.video_io import VideoWriter, read_frames
 
-Row = dict  # name, frames_per_second, plain_frames_per_second (absent where there is no plain form)
+Row = dict  # name, frames_per_second; where there is one: plain_frames_per_second, samples_per_second
 
 
 def run(clip: str | None, size: str, frames: int, draws: int, name: str, json: str | None) -> str:
@@ -38,7 +38,7 @@ def run(clip: str | None, size: str, frames: int, draws: int, name: str, json: s
     if json is not None:
         facts = {"machine": machine(), "clip": clip, "size": size, "frames": len(pictures)}
         write_json(json, facts | {"preset": name, "draws": draws, "rows": rows})
-    return table(rows)
+    return table(rows, "frames/s on one core", 22)
 
 
 def footage(clip: str | None, frames: int, height: int, width: int) -> np.ndarray:
@@ -115,13 +115,15 @@ def _row(name: str, frames: int, ours: float, other: float) -> Row:
     return row if np.isnan(other) else row | {"plain_frames_per_second": frames / other}
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text."""
-    lines = [f"{'frames/s on one core':22} {'ours':>9} {'plain':>9} {'ratio':>6}"]
+def table(rows: list[Row], title: str, width: int) -> str:
+    """The rows as text, names in a column of `width`."""
+    lines = [f"{title:{width}} {'ours':>9} {'plain':>9} {'ratio':>6}"]
     for row in rows:
-        line = f"{row['name']:22} {row['frames_per_second']:9.1f}"
+        line = f"{row['name']:{width}} {row['frames_per_second']:9.1f}"
         if "plain_frames_per_second" in row:
             slow = row["plain_frames_per_second"]
             line += f" {slow:9.1f} {row['frames_per_second'] / slow:6.2f}"
+        if "samples_per_second" in row:
+            line += f"  ({row['samples_per_second']:.2f} samples/s)"
         lines.append(line)
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.bench import table
 from data.clips import Clips
 from data.latents import cached
 from data.loader import DataConfig, batches, open_dataset
@@ -35,7 +36,7 @@ def run(shards: str, size: str, frames: int, preset: str, json: str | None) -> s
     if json is not None:
         facts = {"machine": machine(), "shards": shards, "size": size, "frames": config.frames}
         write_json(json, facts | {"preset": preset, "rows": rows})
-    return table(rows)
+    return table(rows, "frames/s", 50)
 
 
 def reach_rows(clips: Clips) -> list[dict]:
@@ -93,17 +94,3 @@ def loader_rows(clips: Clips) -> list[dict]:
                 row = {"name": f"{name}, {workers} workers", "samples_per_second": count / seconds}
                 rows.append(row | {"frames_per_second": count * clips.config.frames / seconds})
     return rows
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text."""
-    lines = [f"{'frames/s':50} {'ours':>9} {'plain':>9} {'ratio':>6}"]
-    for row in rows:
-        line = f"{row['name']:50} {row['frames_per_second']:9.1f}"
-        if "plain_frames_per_second" in row:
-            slow = row["plain_frames_per_second"]
-            line += f" {slow:9.1f} {row['frames_per_second'] / slow:6.2f}"
-        if "samples_per_second" in row:
-            line += f"  ({row['samples_per_second']:.2f} samples/s)"
-        lines.append(line)
-    return "\n".join(lines)
