@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from train.launch import World
@@ -23,7 +23,3 @@ class DdpEngine(Engine):
     def accumulate(self, last: bool) -> Iterator[None]:
         with nullcontext() if last else self.wrapped.no_sync():
             yield
-
-    def backward(self, loss: Tensor) -> None:
-        # DDP averages over ranks; the losses carry 1/global_count, so the ranks' gradients must add up
-        super().backward(loss * self.size)

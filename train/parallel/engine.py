@@ -20,7 +20,15 @@ Optimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.AdamW]  # from pa
 
 
 class Engine:
-    """`module` with its optimiser. Gradients of all ranks add up: losses carry 1/global_count themselves."""
+    """`module` with its optimiser. Gradients of all ranks add up: losses carry 1/global_count themselves.
+
+    An engine that averages gradients over ranks sets `size` to their number. One that slices the weights sets
+    `skeleton` (`without_weights`) before it does, and calls `forget` when they are about to change.
+    """
+
+    size = 1
+    skeleton: nn.Module | None = None
+    _whole: nn.Module | None = None
 
     def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float):
         self.module, self.clip = module, clip
@@ -40,6 +48,9 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a scalar."""
+        self._differentiate(loss * self.size)
+
+    def _differentiate(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float:
@@ -65,7 +76,17 @@ class Engine:
 
         Where weights are sharded every rank must call it.
         """
-        return self.module
+        if self.skeleton is None:
+            return self.module
+        if self._whole is None:
+            self._whole = copy.deepcopy(self.skeleton)
+            self._whole.load_state_dict(self.weights(), strict=True, assign=True)
+            self._whole.eval()
+        return self._whole
+
+    def forget(self) -> None:
+        """Drops the copy that `whole` made."""
+        self._whole = None
 
     def weights(self) -> dict[str, Tensor]:
         """The whole module's weights by name."""

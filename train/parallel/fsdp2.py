@@ -6,7 +6,6 @@ also round what must stay float32 (noise-level embedding, norms, modulation).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -30,7 +29,7 @@ class Fsdp2Engine(Engine):
     """`module` is sharded in place. `build_optimizer` is called on the sharded parameters."""
 
     def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float, world: World):
-        self._skeleton = without_weights(module)
+        self.skeleton = without_weights(module)
         mesh = init_device_mesh(world.device.type, (world.size,))
         for unit in module.modules():
             if isinstance(unit, UNITS):
@@ -38,17 +37,12 @@ class Fsdp2Engine(Engine):
         fully_shard(module, mesh=mesh)
         super().__init__(module, build_optimizer, clip)
         self.size = world.size
-        self._whole: nn.Module | None = None
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        self._whole = None
+        self.forget()
         self.wrapped.set_requires_gradient_sync(last)
         yield
-
-    def backward(self, loss: Tensor) -> None:
-        # gradients are averaged over ranks; the losses carry 1/global_count, so they must add up
-        super().backward(loss * self.size)
 
     def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
         squares = squared_norm(g.to_local() for g in gradients)
@@ -57,13 +51,6 @@ class Fsdp2Engine(Engine):
 
     def trained(self) -> dict[str, Tensor]:
         return {name: p.detach().to_local() for name, p in super().trained().items()}
-
-    def whole(self) -> nn.Module:
-        if self._whole is None:
-            self._whole = copy.deepcopy(self._skeleton)
-            self._whole.load_state_dict(self.weights(), strict=True, assign=True)
-            self._whole.eval()
-        return self._whole
 
     def weights(self) -> dict[str, Tensor]:
         return {name: _full(tensor.detach()) for name, tensor in self.module.state_dict().items()}

@@ -7,7 +7,6 @@ as everywhere.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -30,21 +29,20 @@ class ZeroEngine(Engine):
         deepspeed = _deepspeed(world)
         super().__init__(module, build_optimizer, clip)
         self.size, self.rank, self.weights_sharded = world.size, world.rank, level == 3
-        self._skeleton = without_weights(module) if self.weights_sharded else None
-        self._whole: nn.Module | None = None
+        if self.weights_sharded:
+            self.skeleton = without_weights(module)
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=_settings(level, clip), dist_init_required=False
         )
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        self._whole = None
+        self.forget()
         self.wrapped.set_gradient_accumulation_boundary(last)
         yield
 
-    def backward(self, loss: Tensor) -> None:
-        # gradients are averaged over ranks; the losses carry 1/global_count, so they must add up
-        self.wrapped.backward(loss * self.size)
+    def _differentiate(self, loss: Tensor) -> None:
+        self.wrapped.backward(loss)
 
     def step(self, lr: float) -> float:
         set_lr(self.optimizer, lr)
@@ -55,15 +53,6 @@ class ZeroEngine(Engine):
         if not self.weights_sharded:
             return super().trained()
         return {name: p.ds_tensor for name, p in super().trained().items()}
-
-    def whole(self) -> nn.Module:
-        if self._skeleton is None:
-            return self.module
-        if self._whole is None:
-            self._whole = copy.deepcopy(self._skeleton)
-            self._whole.load_state_dict(self.weights(), strict=True, assign=True)
-            self._whole.eval()
-        return self._whole
 
     def weights(self) -> dict[str, Tensor]:
         if not self.weights_sharded:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def encode_clip(vae: WanVAE, video: Tensor) -> Tensor:
     """`B 3 4n-3 H W` in [-1,1] -> normalised latents `B 16 n h w`, two at a time: at once, a clip of the
     paper's size would take 168 GiB."""
     pieces, memory = [], None
-    for start, stop in zip(
-        [0, *range(5, video.shape[2], 8)], [*range(5, video.shape[2], 8), None], strict=True
-    ):
+    for start, stop in pairwise([0, *range(5, video.shape[2], 8), video.shape[2]]):
         latent, memory = vae.encode(video[:, :, start:stop], memory)
         pieces.append(latent)
     return torch.cat(pieces, 2)
