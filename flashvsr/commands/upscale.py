@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from flashvsr.base.cli import Progress, UserError
 from flashvsr.base.files import atomic
 from flashvsr.base.stills import is_image
 from flashvsr.base.video_io import VideoWriter, probe, read_frames
+from flashvsr.streaming import pipeline
 
-TOGETHER = 8  # frames per push: what a stream takes at once
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -93,17 +91,12 @@ def main(argv: list[str]) -> None:
             print(f"{given.source}: {info.width}x{info.height} -> {given.out}: {width}x{height}")
             if info.has_audio:
                 print(f"{given.source}: its sound is not copied")
-        begun = time.monotonic()
         sink = stack.enter_context(_sink(given.out, info.fps, height, width, given.crf))
         progress = stack.enter_context(Progress(info.frames, "upscale", "frame", given.quiet))
-        frames = read_frames(given.source)
-        while pushed := list(islice(frames, TOGETHER)):
-            progress.update(_write(sink, method.push(np.stack(pushed))))
-        progress.update(_write(sink, method.flush()))
+        times = pipeline.run(method, read_frames(given.source), sink.write, on_frames=progress.update)
     if not given.quiet:
-        seconds = time.monotonic() - begun
-        each = seconds / max(progress.done, 1)
-        print(f"{given.out}: {progress.done} frames in {seconds:.1f} s, {each:.3f} s per frame")
+        each = times.total / max(times.frames, 1)
+        print(f"{given.out}: {times.frames} frames in {times.total:.1f} s, {each:.3f} s per frame")
 
 
 def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: ExitStack) -> Any:
@@ -177,9 +170,3 @@ class _Image:
 
 def _sink(out: str, fps: Any, height: int, width: int, crf: float) -> VideoWriter | _Image:
     return _Image(out) if is_image(out) else VideoWriter(out, fps, height, width, crf=crf)
-
-
-def _write(sink: VideoWriter | _Image, frames: np.ndarray) -> int:
-    if len(frames):
-        sink.write(frames)
-    return len(frames)
