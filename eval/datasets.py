@@ -120,3 +120,12 @@ def measure_clip(path: Path) -> tuple[int, int, int]:
     info = probe(path)
     frames = info.frames if info.frames is not None else sum(1 for _ in read_frames(path))
     return frames, info.height, info.width
+
+
+def window(frame: np.ndarray, height: int, width: int, align: str) -> np.ndarray:
+    """The part of a frame `H W 3` that is scored: the top left `height` x `width`, or with "center" the
+    middle."""
+    top = left = 0
+    if align == "center":
+        top, left = (frame.shape[0] - height) // 2, (frame.shape[1] - width) // 2
+    return frame[top : top + height, left : left + width]

@@ -1,4 +1,29 @@
-"""The numbers of an evaluation: means, and the files eval.json, results.csv and results.md."""
+"""The numbers of an evaluation: eval.json, results.csv and results.md.
+
+eval.json, format 2 (infinite numbers are the text "inf"; `read_evaluation` gives them back as numbers):
+
+    format      2
+    run, date   name of the run folder; ISO date with zone
+    machine     of flashvsr.base.measure.machine
+    protocol    {frames: int or null, border_crop: int, align: str, pixels: str, time: str, intervals: str,
+                 metrics: {key: sentence}, device, dtype, workers}; `protocol_lines` says it in words
+    datasets    [{name, folder, layout, scale, lq_preset, lq_seed, has_gt, clips: [clip]}]
+                clip: {name, frames, height, width, align, lq, gt, note}: as evaluated (of GT; of the output
+                where there is none); lq, gt: paths, gt null without GT; note: what was cut, or null
+    methods     [{name, spec, kind, settings, in_use, fingerprint}]
+    metrics     [{key, title, higher, digits, description, needs_gt}], in the order of columns; higher is
+                true, false, or null where neither direction is better
+    means       [{method, dataset, clips, frames, values: {key: {mean, low, high}}, seconds_per_frame,
+                  first_output_seconds}]; low and high are null for one clip; a metric that a set cannot have
+                  (no GT) is absent from values
+    scores      [{method, dataset, clip, frames, height, width, align, note, values: {key: number},
+                  per_frame: {key: [number]}, seconds_per_frame, first_output_seconds, cached, timed_on,
+                  output}]; per_frame may lack a key; times are null for finished outputs; `cached`: made by
+                  an earlier command, on the machine `timed_on`; `output`: path of the frames
+
+The frames themselves: `eval.outputs.Outputs(evaluation).read(method, dataset, clip)`, `.gt`, `.lq`.
+The page: `eval.report.write_report(run_folder, evaluation) -> path`, called with the value of eval.json.
+"""
 
 import csv
 import datetime
