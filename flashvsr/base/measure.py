@@ -13,20 +13,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-def _seconds(fn: Callable[[], Any]) -> float:
+
+def timed(fn: Callable[[], T]) -> tuple[T, float]:
+    """What `fn` returns, and its wall-clock seconds; GPU work is waited for before and after."""
     gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     if gpu:
         torch.cuda.synchronize()
     begun = time.perf_counter()
-    fn()
+    result = fn()
     if gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return result, time.perf_counter() - begun
+
+
+def _seconds(fn: Callable[[], Any]) -> float:
+    return timed(fn)[1]
 
 
 def interleaved(fns: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
@@ -35,6 +42,14 @@ def interleaved(fns: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: 
     Every function first runs `warmup` times unmeasured; each round then begins with another function. GPU
     work is waited for. ValueError when `repeats` is less than 1.
     """
+    rounds = in_turns(fns, repeats, warmup)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+def in_turns(
+    fns: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
+    """The seconds of every single measured run of `interleaved`, in order."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     for fn in fns.values():
@@ -46,7 +61,7 @@ def interleaved(fns: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: 
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             times[name].append(_seconds(fns[name]))
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 class Deadline:
