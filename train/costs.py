@@ -140,7 +140,7 @@ def estimate(config: TrainConfig, gpus: int) -> Costs:
         pair = work.lpips(frozen["lpips"], *side) if "lpips" in frozen else (0, 0)
         costs.save_host, costs.save_device = save_spike(config, modules)
     costs.inputs *= config.global_batch_size // per_round  # a step's micro-batches wait together
-    grids = _grids(config)
+    grids = work.grids(config)
     costs.tokens = 0 if config.stage.name in ("vae", "decoder") else sum(map(math.prod, grids))
     costs.useful, costs.executed = work.sample(config, sizes, grids, pair)
     return costs
@@ -168,13 +168,6 @@ def _models(config: TrainConfig, sizes: ModelConfig) -> tuple[dict[str, nn.Modul
     return {"student": student, "fake": fake}, {"frozen teacher": teacher} | vae | frozen
 
 
-def _grids(config: TrainConfig) -> list[footprint.Grid]:
-    d = config.data
-    rows, columns = d.height // 16, d.width // 16
-    images = d.images if config.stage.name == "teacher" else 0
-    return [(d.latents_per_clip, rows, columns), *[(1, rows, columns)] * images]
-
-
 def _activations(
     config: TrainConfig,
     sizes: ModelConfig,
@@ -182,7 +175,7 @@ def _activations(
     frozen: Mapping[str, nn.Module],
     costs: Costs,
 ) -> None:
-    d, s, batch, grids = config.data, config.stage, config.micro_batch_size, _grids(config)
+    d, s, batch, grids = config.data, config.stage, config.micro_batch_size, work.grids(config)
     size, latents = (d.height, d.width), d.latents_per_clip
     if s.name == "vae":
         side = 4 * s.latents - 3, s.crop, s.crop

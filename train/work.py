@@ -76,45 +76,74 @@ def lpips(module: nn.Module, height: int, width: int) -> Operations:
     return 1.5 * forward, 1.5 * forward
 
 
+def grids(config: TrainConfig) -> list[Grid]:
+    """Token grids of a sample's segments."""
+    d = config.data
+    rows, columns = d.height // 16, d.width // 16
+    images = d.images if config.stage.name == "teacher" else 0
+    return [(d.latents_per_clip, rows, columns), *[(1, rows, columns)] * images]
+
+
 def sample(config: TrainConfig, sizes: ModelConfig, grids: Sequence[Grid], pair: Operations) -> Operations:
     """Useful and executed operations of one sample, mean over steps; `pair`: `lpips` of one frame."""
+    parts = turns(config, sizes, grids, pair)
+    rarely = config.stage.name == "one_step" and "fake" in parts
+    often = {"student": 1 / config.stage.student_every} if rarely else {}
+    return total([times(work, often.get(name, 1)) for name, work in parts.items()])
+
+
+def turns(
+    config: TrainConfig, sizes: ModelConfig, grids: Sequence[Grid], pair: Operations
+) -> dict[str, Operations]:
+    """The same of one sample by turn: "prepare", then each role that learns. Windows that are drawn (of
+    attention, of decoded latents) count with their means."""
     d, s = config.data, config.stage
     if s.name == "vae":
-        frames = 4 * s.latents - 3
-        both = [
-            flops.vae_encode(sizes.vae, frames=frames, height=s.crop, width=s.crop).training(
-                recompute=config.checkpointing
-            ),
-            flops.vae_decode(sizes.vae, latents=s.latents, height=s.crop, width=s.crop).training(
-                inputs=True, recompute=config.checkpointing
-            ),
-        ]
-        return total([*both, _perceptual(config, pair, frames)])
+        return {"vae": _vae(config, sizes, pair)}
     size = {"height": d.height, "width": d.width}
-    parts: list[Operations] = []
+    encodes: list[Operations] = []
     if d.latents == "off" or d.slots is None:
-        encodes = [flops.vae_encode(sizes.vae, frames=4 * f - 3, **size) for f, _, _ in grids]
-        parts += [once(work) for work in encodes]
+        encodes = [once(flops.vae_encode(sizes.vae, frames=4 * f - 3, **size)) for f, _, _ in grids]
+    parts = {"prepare": total(encodes)}
     if s.name == "decoder":
-        decoder = flops.tc_decoder(sizes.tc_decoder, latents=s.window, **size)
-        before = (d.latents_per_clip - s.window) / 2  # latents that only fill the memory, mean
-        parts.append(decoder.training())
-        parts.append(times(once(decoder), before / s.window))
-        losses = 1
-        if s.vae_mse or s.vae_lpips:
-            losses = 2
-            vae = flops.vae_decode(sizes.vae, latents=s.window, start=False, **size)
-            parts.append(times(once(vae), (before + s.window) / s.window))
-        parts.append(times(_perceptual(config, pair, 4 * s.window), losses))
-        return total(parts)
+        return parts | {"decoder": _decoder(config, sizes, pair)}
     if s.name == "teacher":
         dense = flops.dense_pairs([math.prod(grid) for grid in grids])
-        return total([*parts, trained(config, sizes, grids, dense)])
+        return parts | {"teacher": trained(config, sizes, grids, dense)}
     pairs = mean_pairs(config, sizes, grids[0])
     learning = trained(config, sizes, grids, pairs)
     if s.name == "sparse_causal":
-        return total([*parts, learning])
-    return total([*parts, _one_step(config, sizes, grids, pairs, learning, pair)])
+        return parts | {"student": learning}
+    return _one_step(config, sizes, grids, pairs, learning, pair, encodes)
+
+
+def _vae(config: TrainConfig, sizes: ModelConfig, pair: Operations) -> Operations:
+    s = config.stage
+    frames = 4 * s.latents - 3
+    both = [
+        flops.vae_encode(sizes.vae, frames=frames, height=s.crop, width=s.crop).training(
+            recompute=config.checkpointing
+        ),
+        flops.vae_decode(sizes.vae, latents=s.latents, height=s.crop, width=s.crop).training(
+            inputs=True, recompute=config.checkpointing
+        ),
+    ]
+    return total([*both, _perceptual(config, pair, frames)])
+
+
+def _decoder(config: TrainConfig, sizes: ModelConfig, pair: Operations) -> Operations:
+    d, s = config.data, config.stage
+    size = {"height": d.height, "width": d.width}
+    decoder = flops.tc_decoder(sizes.tc_decoder, latents=s.window, **size)
+    before = (d.latents_per_clip - s.window) / 2  # latents that only fill the memory, mean
+    parts = [decoder.training(), times(once(decoder), before / s.window)]
+    losses = 1
+    if s.vae_mse or s.vae_lpips:
+        losses = 2
+        vae = flops.vae_decode(sizes.vae, latents=s.window, start=False, **size)
+        parts.append(times(once(vae), (before + s.window) / s.window))
+    parts.append(times(_perceptual(config, pair, 4 * s.window), losses))
+    return total(parts)
 
 
 def _one_step(
@@ -124,7 +153,8 @@ def _one_step(
     pairs: int,
     learning: Operations,
     pair: Operations,
-) -> Operations:
+    encodes: Sequence[Operations],
+) -> dict[str, Operations]:
     d, s = config.data, config.stage
     dense = dit(sizes, grids, flops.dense_pairs([math.prod(grid) for grid in grids]))
     feeding = [once(work) for work in projector(sizes, grids)]
@@ -137,16 +167,15 @@ def _one_step(
         _perceptual(config, pair, 4 * s.pixel_latents),
     ]
     if not s.loss.dmd:
-        return total(student)
+        return {"prepare": total(encodes), "student": total(student)}
     student += [once(dense), once(dense)]  # teacher and fake score at the same point
-    weights = not s.lora_rank
     fake = [
-        *feeding,
-        *feeding,  # the teacher's features and the student's own
+        *feeding,  # the student's own features
         once(dit(sizes, grids, pairs)),
-        dense.training(weights=weights, recompute=config.checkpointing),
+        dense.training(weights=not s.lora_rank, recompute=config.checkpointing),
     ]
-    return total([*fake, times(total(student), 1 / s.student_every)])
+    prepare = total([*encodes, *feeding])  # the teacher's features
+    return {"prepare": prepare, "fake": total(fake), "student": total(student)}
 
 
 def _perceptual(config: TrainConfig, pair: Operations, frames: int) -> Operations:
