@@ -8,6 +8,7 @@ seed, and the metric is then called `lpips-random`: good enough to see a road wo
 
 import math
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.metrics.frames import matched_frames
+from eval.metrics.frames import Stack, matched_frames
+from eval.metrics.scoring import Metric
 from flashvsr.base.cli import UserError
 from flashvsr.base.operators import declare_torchvision
 
@@ -53,12 +55,21 @@ class Lpips(nn.Module):
         Differentiable in either argument; under autocast only the trunk runs in low precision. Equals the
         package's value to float32 rounding.
         """
-        heads = [head.model[-1].weight for head in self.model.lins]  # behind a dropout that only fitting uses
-        features_x, features_y = self._features(x), self._features(y)
-        distance = torch.zeros(len(x), device=x.device)
+        return self.distance(self.features(x), self.features(y))
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The trunk's five answers to RGB `N 3 H W` in [-1, 1], each of unit length at every position."""
+        answers = self.model.net(self.model.scaling_layer(x.to(next(self.parameters()).dtype)))
         with torch.autocast(x.device.type, enabled=False):
+            return tuple(_normalise(answer.float()) for answer in answers)
+
+    def distance(self, features_x: Sequence[Tensor], features_y: Sequence[Tensor]) -> Tensor:
+        """Distance between frames by their `features`, float32 `[N]`."""
+        heads = [head.model[-1].weight for head in self.model.lins]  # behind a dropout that only fitting uses
+        distance = torch.zeros(len(features_x[0]), device=features_x[0].device)
+        with torch.autocast(distance.device.type, enabled=False):
             for f, g, head in zip(features_x, features_y, heads, strict=True):
-                difference = (_normalise(f.float()) - _normalise(g.float())).square().mean(dim=(2, 3))
+                difference = (f - g).square().mean(dim=(2, 3))
                 distance = distance + difference @ head.float().flatten()
         return distance
 
@@ -74,8 +85,21 @@ class Lpips(nn.Module):
         """Mean over frames of `per_frame`."""
         return self.per_frame(a, b).mean().item()
 
-    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.model.net(self.model.scaling_layer(x.to(next(self.parameters()).dtype)))
+    def of_stack(self, stack: Stack) -> tuple[Tensor, ...]:
+        """`features` of a stack of frames, made once."""
+        return stack.once(f"features {id(self)}", lambda: self.features(2 * stack.rgb - 1))
+
+
+def lpips_metric(lpips: Lpips) -> Metric:
+    """LPIPS between SR and HR; its key tells real backbone weights from random ones."""
+    return Metric(
+        key=lpips.name,
+        title="LPIPS" if lpips.name == "lpips" else "LPIPS-random",
+        higher=False,
+        digits=4,
+        description=f"{lpips.description}, RGB, mean over frames",
+        measure=lambda frames: lpips.distance(lpips.of_stack(frames.sr), lpips.of_stack(frames.hr)).double(),
+    )
 
 
 def _normalise(f: Tensor) -> Tensor:
