@@ -1,5 +1,5 @@
 """Methods to be measured against; each has `push(frames)` and `flush()` like our own upscaler."""
 
-from eval.baselines.bicubic import Bicubic
+from eval.baselines.interpolation import Bicubic, Lanczos
 
-__all__ = ["Bicubic"]
+__all__ = ["Bicubic", "Lanczos"]
