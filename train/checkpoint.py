@@ -5,8 +5,9 @@
         state.json       what is not a tensor: stage, sample counter, resolved config, ...
         manifest.json    format version, size and SHA-256 of every other file; written last
 
-A checkpoint is written beside its place and renamed, so a reader sees all of it or nothing. Optimiser state
-is whole and keyed by parameter name, so that any world size can read it.
+A checkpoint is written beside its place and renamed, and renamed before it is removed, so a reader sees all
+of it or nothing. Optimiser state is whole and keyed by parameter name, so that any world size can read it.
+Which one is the newest its step says: no time of a file counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flashvsr.base.cli import UserError
 from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
 from flashvsr.weights.tensors import write_safetensors
 
-FORMAT = 1
+FORMAT = 2  # 2: state.json holds sample counter, W&B id and corpus
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -39,30 +40,47 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def save(
     folder: Path,
     step: int,
-    parts: Mapping[str, Mapping[str, Tensor]],
+    parts: Iterable[tuple[str, Mapping[str, Tensor]]],
     meta: Mapping[str, Any],
     keep_last: int,
+    keep_every: int = 0,
 ) -> Path:
     """Writes `folder`/step-NNNNNN and removes what it replaces; returns its path.
 
-    After success the newest `keep_last` checkpoints up to this step stay. A later one belongs to a future
-    that was given up by resuming from an earlier step; it is removed too, or it would be resumed from next.
-    `meta` must hold "stage" and be JSON; only the main rank calls this, with whole tensors.
+    `parts` (name, tensors) may be made one by one as they are written. After success the newest `keep_last`
+    checkpoints up to this step stay, and of the older ones those whose step is a multiple of `keep_every` (0:
+    none). A later one belongs to a future that was given up by resuming from an earlier step; it is removed
+    too, or it would be resumed from next. `meta` must hold "stage" and be JSON; only the main rank calls
+    this, with whole tensors.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what was there stays as it was.
     """
     assert "stage" in meta and keep_last >= 1, (meta.keys(), keep_last)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder)
     path = folder / f"step-{step:06d}"
-    with atomic_dir(path, replace=True) as aside:
-        for part, tensors in parts.items():
-            write_safetensors(aside / f"{part}.safetensors", tensors, {})
-        write_json(aside / STATE, {**meta, "step": step})
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())}
-        write_json(aside / MANIFEST, {"format": FORMAT, "parts": list(parts), "files": files})
-    older = [p for s, p in reversed(_steps(folder)) if s <= step]
-    for _, other in _steps(folder):
-        if other not in older[:keep_last]:
-            shutil.rmtree(other)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        names = []
+        with atomic_dir(path, replace=True) as aside:
+            for part, tensors in parts:
+                write_safetensors(aside / f"{part}.safetensors", tensors, {})
+                names.append(part)
+            write_json(aside / STATE, {**meta, "step": step})
+            files = {
+                f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())
+            }
+            write_json(aside / MANIFEST, {"format": FORMAT, "parts": names, "files": files})
+        older = [s for s, _ in reversed(_steps(folder)) if s <= step]
+        kept = {*older[:keep_last], *(s for s in older if keep_every and s % keep_every == 0)}
+        for other, place in _steps(folder):
+            if other not in kept:
+                _remove(place)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint {path} could not be written ({error.strerror or error}): make room or make the "
+            "folder writable, then the same command goes on from the checkpoint before it"
+        ) from error
     return path
 
 
@@ -76,14 +94,20 @@ def latest(folder: Path) -> Path | None:
 
 
 class Restored:
-    """A verified checkpoint being taken apart: every part must be taken, and `finish` called after the last.
-
-    `meta` is what `save` was given, with "step".
+    """A verified checkpoint being taken apart: every part and every item of the state must be taken, and
+    `finish` called after the last.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], parts: list[str], map_location: str) -> None:
-        self.path, self.meta, self.step = path, meta, int(meta["step"])
+    def __init__(self, path: Path, state: dict[str, Any], parts: list[str], map_location: str) -> None:
+        self.path, self.step, self.stage = path, int(state["step"]), state["stage"]
+        self._state = {key: value for key, value in state.items() if key not in ("step", "stage")}
         self._left, self._map_location = list(parts), map_location
+
+    def state(self, key: str) -> Any:
+        """One item of what `save` was given as `meta`; UserError when it is not there (or was taken)."""
+        if key not in self._state:
+            raise UserError(f"{self.path / STATE} says nothing of {key!r}: it was made by another version")
+        return self._state.pop(key)
 
     def take(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part by name; UserError when it is not there (or was taken already)."""
@@ -96,11 +120,11 @@ class Restored:
         return load_file(self.path / f"{part}.safetensors", device=self._map_location)
 
     def finish(self) -> None:
-        """UserError when a part was saved that nobody took."""
-        if self._left:
+        """UserError when something was saved that nobody took."""
+        if left := [*self._left, *self._state]:
             raise UserError(
-                f"{self.path} holds {', '.join(self._left)}, which this run does not use: "
-                "resume with the setting it was made by, or start with resume=never"
+                f"{self.path} holds {', '.join(left)}, which this run does not use: "
+                "resume with the setting it was made by, or give another run=NAME"
             )
 
 
@@ -117,16 +141,17 @@ def load(path: Path, map_location: str = "cpu", *, stage: str | None = None) -> 
             "use the version that wrote it"
         )
     if torn := _torn(path):
-        raise UserError(f"{path} is incomplete ({torn}): resume from another checkpoint")
+        raise UserError(f"{path} is incomplete ({torn}): {_BEFORE}")
     for name, entry in manifest["files"].items():
         if sha256(path / name) != entry["sha256"]:
-            raise UserError(
-                f"{path / name} does not match its hash: it is damaged, resume from another checkpoint"
-            )
-    meta = read_json(path / STATE)
-    if stage is not None and meta["stage"] != stage:
-        raise UserError(f"{path} is a checkpoint of stage {meta['stage']!r}, not of {stage!r}")
-    return Restored(path, meta, manifest["parts"], map_location)
+            raise UserError(f"{path / name} does not match its hash, it is damaged: {_BEFORE}")
+    state = read_json(path / STATE)
+    if stage is not None and state["stage"] != stage:
+        raise UserError(f"{path} is a checkpoint of stage {state['stage']!r}, not of {stage!r}: {_BEFORE}")
+    return Restored(path, state, manifest["parts"], map_location)
+
+
+_BEFORE = "delete this folder to go on from the checkpoint before it"
 
 
 def optimizer_tensors(optimizer: AdamW, named_params: Mapping[str, Parameter]) -> dict[str, Tensor]:
@@ -208,6 +233,13 @@ def _torn(path: Path) -> str | None:
         if (path / name).stat().st_size != entry["bytes"]:
             return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
     return None
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint in one step as far as readers see."""
+    aside = path.with_name(f".{path.name}.old.part")
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -87,6 +87,8 @@ class DecoderStage:
     lpips: float
     vae_mse: float
     vae_lpips: float
+    difference: float
+    latents: Literal["vae", "student"]
     window: int  # latents decoded with gradient
 
 
@@ -177,6 +179,8 @@ class TrainConfig:
     save_every: int
     validate_every: int
     keep_last: int
+    keep_every: int  # 0: none
+    async_save: bool
     resume: Literal["auto", "never", "force"]
     init: str | None
     teacher: str | None
@@ -203,8 +207,14 @@ class TrainConfig:
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}; change one of them"
             )
-        if min(self.steps, self.save_every, self.validate_every, self.micro_batch_size) < 1:
-            raise UserError("steps, save_every, validate_every and micro_batch_size must be at least 1")
+        for key in ("steps", "save_every", "validate_every", "micro_batch_size", "keep_last"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}, so some "
+                "of these would never be written; change one of them (keep_every=0 keeps the newest only)"
+            )
         if self.parallel.kind == "zero3" and self.stage.name == "one_step":
             raise UserError(
                 "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: "

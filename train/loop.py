@@ -20,7 +20,7 @@ from train.launch import REQUEUE, World
 from train.lock import run_lock
 from train.optim import lr_at
 from train.preemption import StopSignal
-from train.resume import finished, restore, save
+from train.resume import Checkpoints, Position, finished
 from train.stages import make_stage
 from train.stages.feed import Inputs
 from train.stages.shared import Stage, relative
@@ -45,13 +45,15 @@ def run(config: TrainConfig, world: World) -> int:
 def _train(stage: Stage) -> int:
     config, world = stage.config, stage.world
     accumulation = _accumulation(config, world)
-    checkpoints = config.stage_dir / "checkpoints"
-    start = restore(stage, checkpoints)
+    checkpoints = Checkpoints(stage, config.stage_dir / "checkpoints")
+    position = checkpoints.restore()
+    start = position.step
     wandb = None
     if config.log.wandb:
         name = f"{config.run}-{STAGES[config.stage.name]}"
-        wandb = {"project": config.log.project, "name": name, "id": f"{name}-{config.seed}"}
-        wandb["config"] = asdict(config)
+        wandb = {"project": config.log.project, "name": name, "config": asdict(config)}
+        if position.wandb_id is not None:
+            wandb["id"] = position.wandb_id
     telemetry = Telemetry(
         config.stage_dir, STAGES[config.stage.name], config.steps,
         every=config.log.every, quiet=config.log.quiet, wandb=wandb, main=world.is_main,
@@ -65,16 +67,17 @@ def _train(stage: Stage) -> int:
             part.write_text(to_yaml(config))
     if start == 0:
         telemetry.val(0, validation(0))
-    batches = stage.feed.batches(clips, start * config.global_batch_size)
-    step, stopped = start, False
-    with StopSignal() as stop:
+    batches = stage.feed.batches(clips, position.counter)
+    step, counter, stopped = start, position.counter, False
+    with StopSignal() as stop, checkpoints:
         while step < config.steps and not stopped:
             begin = time.monotonic()
             micros = [next(batches) for _ in range(accumulation)]
             waited = time.monotonic() - begin
             record = train_step(stage, micros, step)
             step += 1
-            record |= {"counter": step * config.global_batch_size, "samples": config.global_batch_size}
+            counter += config.global_batch_size
+            record |= {"counter": counter, "samples": config.global_batch_size}
             record |= {"data_seconds": waited, "data_damaged": _damaged(micros, world)}
             record |= {"seconds": time.monotonic() - begin}
             telemetry.train(step, record)
@@ -82,7 +85,7 @@ def _train(stage: Stage) -> int:
             if step % config.validate_every == 0 or step == config.steps:
                 telemetry.val(step, validation(step))
             if step % config.save_every == 0 or step == config.steps or stopped:
-                save(stage, checkpoints, step)
+                checkpoints.save(Position(step, counter, telemetry.wandb_id))
     telemetry.close()
     if stopped:
         if world.is_main:

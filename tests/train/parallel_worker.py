@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from train import loop, resume
+from train import loop
 from train.config import compose
 from train.launch import init_group, teardown
+from train.resume import Checkpoints, Position
 from train.stages import make_stage
 
 STEPS = 2
@@ -42,7 +43,7 @@ def take(stage, world, start, folder=None):
             continue
         records.append(loop.train_step(stage, micros, step))
         if folder is not None and step == 0:
-            resume.save(stage, folder, 1)
+            Checkpoints(stage, folder).save(Position(step=1))
     return records
 
 
@@ -69,7 +70,7 @@ def run(job, world):
         for first, second in job["resumes"].get(name, []):
             saved = out / "saved" / f"{name}-{first}-2"
             stage = make_stage(compose(name, [*job["overrides"], f"parallel={second}"]), world)
-            assert resume.restore(stage, saved) == 1
+            assert Checkpoints(stage, saved).restore().step == 1
             records = take(stage, world, 1)
             results[f"{name} {first}->{second}"] = {"records": records, **weights(stage)}
     if world.is_main:

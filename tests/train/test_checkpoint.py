@@ -66,10 +66,10 @@ def test_six_steps_equal_three_and_three_bit_for_bit(tmp_path):
     whole, first, second = Run(), Run(), Run()
     whole.train(0, 6)
     first.train(0, 3)
-    path = save(tmp_path, 3, first.parts(), META, keep_last=2)
+    path = save(tmp_path, 3, first.parts().items(), META, keep_last=2)
     second.train(0, 1)  # what a fresh object holds must not matter
     restored = load(path, stage="stage1")
-    assert restored.step == 3 and restored.meta["counter"] == 7
+    assert restored.step == 3 and restored.state("counter") == 7
     second.restore(restored)
     second.train(3, 6)
     for (part, a), b in zip(whole.parts().items(), second.parts().values(), strict=True):
@@ -79,7 +79,7 @@ def test_six_steps_equal_three_and_three_bit_for_bit(tmp_path):
 
 
 def test_the_folder_is_what_the_docstring_says(tmp_path):
-    path = save(tmp_path / "checkpoints", 40, PARTS, META, keep_last=1)
+    path = save(tmp_path / "checkpoints", 40, PARTS.items(), META, keep_last=1)
     assert path == tmp_path / "checkpoints" / "step-000040" and latest(path.parent) == path
     assert {f.name for f in path.iterdir()} == {
         "student.safetensors", "student.ema.safetensors", "state.json", "manifest.json",
@@ -93,17 +93,17 @@ def test_the_folder_is_what_the_docstring_says(tmp_path):
 
 def test_old_and_abandoned_checkpoints_go(tmp_path):
     for step in (10, 20, 30, 40):
-        save(tmp_path, step, PARTS, META, keep_last=2)
+        save(tmp_path, step, PARTS.items(), META, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000030", "step-000040"]
     (tmp_path / ".step-000050.0a.part").mkdir()
-    save(tmp_path, 35, PARTS, META, keep_last=2)  # resumed from 30: 40 is a future that was given up
+    save(tmp_path, 35, PARTS.items(), META, keep_last=2)  # resumed from 30: 40 is a future that was given up
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000030", "step-000035"]
     assert latest(tmp_path).name == "step-000035"
 
 
 def test_a_torn_checkpoint_is_skipped_with_a_sentence(tmp_path, capsys):
     for step in (1, 2, 3):
-        save(tmp_path, step, PARTS, META, keep_last=3)
+        save(tmp_path, step, PARTS.items(), META, keep_last=3)
     (tmp_path / "step-000003" / "manifest.json").unlink()
     weights = tmp_path / "step-000002" / "student.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -115,7 +115,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_sentence(tmp_path, capsys):
 
 
 def test_mistakes_are_named(tmp_path):
-    path = save(tmp_path, 5, PARTS, META, keep_last=1)
+    path = save(tmp_path, 5, PARTS.items(), META, keep_last=1)
     with pytest.raises(UserError, match="stage 'stage1', not of 'stage2'"):
         load(path, stage="stage2")
     restored = load(path)
@@ -158,7 +158,7 @@ def test_killed_inside_saves_leaves_a_complete_checkpoint(tmp_path):
         "import sys, torch, pathlib\nfrom train.checkpoint import save\n"
         "for step in range(1, 10**6):\n"
         "    parts = {'student': {f'{i}': torch.full((1000, 50), float(step)) for i in range(20)}}\n"
-        "    save(pathlib.Path(sys.argv[1]), step, parts, {'stage': 's'}, 1)\n"
+        "    save(pathlib.Path(sys.argv[1]), step, parts.items(), {'stage': 's'}, 1)\n"
         "    print(step, flush=True)\n"
     )
     for wait in (0.003, 0.011):
