@@ -143,7 +143,11 @@ class Parallel:
 class Log:
     every: int
     wandb: bool
+    tensorboard: bool
+    trackio: bool
     project: str
+    peak: Literal["auto", "measure"] | float
+    profile: int
     quiet: bool
 
 
@@ -220,6 +224,8 @@ class TrainConfig:
                 "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: "
                 "use fsdp2 or zero2"
             )
+        if self.stage.name == "decoder" and self.stage.difference and self.stage.window < 2:
+            raise UserError("stage.difference compares frames: give stage.window of at least 2 latents")
         if self.data.latents_per_clip % 2:
             raise UserError(
                 f"data.latents_per_clip={self.data.latents_per_clip} must be even: a chunk is 2 latents"

@@ -7,7 +7,7 @@ from flashvsr.config import VAEConfig
 from flashvsr.models.wan_vae import WanVAE
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching, segment_errors
-from train.losses.pixel import decode_window, lpips_frames, mse, window_frames
+from train.losses.pixel import decode_window, difference, lpips_frames, mse, window_frames
 from train.stages.feed import encode_clip
 
 
@@ -128,3 +128,10 @@ def test_pixel_losses_average_over_a_sample():
         assert torch.allclose(value, expected, rtol=1e-5)
         value.sum().backward()
         assert torch.allclose(sr.grad, (sr - hr).sign().detach() / sr[0].numel(), rtol=1e-4)
+
+
+def test_difference_sees_change_and_not_a_constant_offset():
+    hr = randn(2, 3, 4, 5, 6)
+    flicker = torch.tensor([0.0, 1.0, 0.0, 1.0]).reshape(1, 1, 4, 1, 1)
+    assert torch.allclose(difference(hr + 0.7, hr), torch.zeros(2), atol=1e-12)
+    assert torch.allclose(difference(hr + 0.5 * flicker, hr), torch.full((2,), 0.25), rtol=1e-5)

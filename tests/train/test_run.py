@@ -10,6 +10,7 @@ import flashvsr
 from data import build
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
+from flashvsr.streaming.stream import Stream, StreamSettings
 from train import loop
 from train.config import compose
 from train.launch import World
@@ -216,3 +217,19 @@ def test_two_processes_give_the_losses_of_one(runs):
     for one, two in zip(*logs.values(), strict=True):
         for key in ("loss/flow", "grad_norm/teacher", "term_grad/flow"):
             assert one[key] == pytest.approx(two[key], rel=1e-5)
+
+
+def test_the_decoder_can_learn_on_what_the_student_streams(runs):
+    """`latents=student`: the clip in one masked forward gives the latents that streaming gives."""
+    stage = make_stage(config("decoder", runs, "stage.latents=student", "stage.difference=0.5"), WORLD)
+    micro, draw = next(stage.feed.batches(stage.feed.clips("train"), 0)), Draw(3, 0, [0])
+    inputs = stage.prepare(micro, draw)
+    lr, settings = inputs.lr[0], StreamSettings(area=64 * 64, local_range=None)
+    noise = draw.normal("student.noise", (16, 8, 8, 8))[0]
+    stream = Stream(stage.student.denoiser(), None, settings, lambda index, shape: noise[:, index])
+    with torch.no_grad():
+        streamed = torch.cat([stream.denoise(lr[:, :, :25]), stream.denoise(lr[:, :, 25:33])], 2)
+    assert torch.allclose(inputs.latents[0], streamed, atol=2e-5)
+    losses = stage.pixel_loss(inputs, draw)
+    assert {"mse", "lpips", "difference", "vae_mse", "vae_lpips"} == losses.terms.keys()
+    assert "latent" not in micro["segments"][0]  # nothing of HR is encoded for it

@@ -54,6 +54,11 @@ def mse(sr: Tensor, hr: Tensor) -> Tensor:
     return (sr.float() - hr.float()).square().flatten(1).mean(1)
 
 
+def difference(sr: Tensor, hr: Tensor) -> Tensor:
+    """Mean squared error per sample, `B`, of the change from each frame to the next (`B 3 F H W`, F > 1)."""
+    return mse(sr[:, :, 1:] - sr[:, :, :-1], hr[:, :, 1:] - hr[:, :, :-1])
+
+
 def lpips_frames(
     lpips: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor, *, frame_by_frame: bool = False
 ) -> Tensor:

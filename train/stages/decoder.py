@@ -1,7 +1,7 @@
 """The tiny conditional decoder (paper 3.4, Eq. 3): MSE + 2 LPIPS, to HR and to the VAE decoder's output.
 
-Learns on VAE latents of HR. Each step decodes a random window of latents with gradient; earlier ones fill the
-memory of both decoders.
+Learns on VAE latents of HR, or on those that the student makes of LR, which are what it decodes in use. Each
+step decodes a random window of latents with gradient; earlier ones fill the memory of both decoders.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 import flashvsr
+from flashvsr.attention.plans import SparseCausal, training_ratio
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_uint8
 from flashvsr.config import TCDecoderConfig
 from flashvsr.models.tc_decoder import MemBlock, TCDecoder
 from flashvsr.weights.folder import ModelInfo
-from train.losses.pixel import decode_window, mse, window_frames
+from train.losses.pixel import decode_window, difference, mse, window_frames
 from train.stages.feed import Inputs
 from train.stages.shared import LOADED, Loss, Stage
 from train.turns import Losses
+from train.validate import VALIDATION_STEP
 
 
 @torch.no_grad()
@@ -51,9 +53,35 @@ class Decoder(Stage):
             decoder = start.tc_decoder
             self.sizes = start.config if decoder is not None else self.sizes
         self.roles["decoder"] = self.engine(decoder or fresh_decoder(self.sizes.tc_decoder))
+        self.student = None
+        if self.config.stage.latents == "student":
+            self.encodes = False
+            self.student = self.find("dit", ["one-step"])
+            self.student.dit.to(self.device).eval()
+            self.student.lr_projector.to(self.device).eval()
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
-        return self.feed.inputs(micro, segments=1)
+        inputs = self.feed.inputs(micro, segments=1)
+        return inputs if self.student is None else replace(inputs, latents=[self.made(inputs.lr[0], draw)])
+
+    @torch.no_grad()
+    def made(self, lr: Tensor, draw: Draw) -> Tensor:
+        """The student's latents `B 16 n h w` of LR `B 3 4n+1 H W`: the whole clip at once, which equals
+        streaming."""
+        model, dit = self.student, self.student.config.dit
+        (height, width), n = lr.shape[-2:], (lr.shape[2] - 1) // 4
+        noise = draw.normal("student.noise", (dit.in_channels, n, height // 8, width // 8)).to(self.device)
+        plan = SparseCausal(
+            (n, height // 16, width // 16),
+            block=dit.block,
+            head_dim=dit.head_dim,
+            ratio=training_ratio(model.info.sparse_ratio, model.info.area, height, width),
+            window=model.info.window,
+            device=self.device,
+        )
+        with self.autocast():
+            (v,) = model.denoiser()([noise], torch.ones(len(lr), 1, device=self.device), plan, lr=[lr])
+        return noise - v.float()
 
     def turns(self, step: int) -> list[tuple[str, Loss]]:
         return [("decoder", self.pixel_loss)]
@@ -76,6 +104,8 @@ class Decoder(Stage):
         hr = inputs.hr[0][:, :, window_frames(first, count)]
         losses.add("mse", mse(sr, hr), s.mse)
         losses.add("lpips", self.lpips_loss(sr, hr), s.lpips)
+        if s.difference:
+            losses.add("difference", difference(sr, hr), s.difference)
         if s.vae_mse or s.vae_lpips:
             with torch.no_grad():
                 vae = self.vae_frames(inputs.latents[0], first, count)
@@ -93,7 +123,8 @@ class Decoder(Stage):
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         segment = {name: tensor[None] for name, tensor in sample["segments"][0].items()}
-        frames = self._whole(self.feed.inputs({"segments": [segment]}))
+        draw = Draw(self.config.seed, VALIDATION_STEP, [0])
+        frames = self._whole(self.prepare({"segments": [segment]}, draw))
         return to_uint8(frames)[0].permute(1, 2, 3, 0).cpu()
 
     def model_info(self) -> ModelInfo:

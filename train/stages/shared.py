@@ -46,6 +46,7 @@ class Stage:
     """A stage is its roles, `prepare`, and a list of turns; the loop knows no more than this."""
 
     frozen_vae: WanVAE | None = None  # stage vae trains its own and needs no latents
+    encodes = True  # HR to latents, where there is a VAE
     sizes: ModelConfig
     fixed_prompt: Tensor
 
@@ -57,7 +58,7 @@ class Stage:
         torch.manual_seed(seed_of(config.seed, "init", config.stage.name))
         self.build()
         self.main = next(iter(self.roles))
-        self.feed = Feed(config, world, self.frozen_vae, self.autocast)
+        self.feed = Feed(config, world, self.frozen_vae if self.encodes else None, self.autocast)
         if config.optim.ema:
             self.ema = Ema(self.roles[self.main].trained(), config.optim.ema)
 
