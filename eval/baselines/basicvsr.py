@@ -84,7 +84,7 @@ class Recurrent(nn.Module):
 
 
 class BasicVSR(Recurrent):
-    """The released models have width 64 and 30 blocks per direction: 6.29 M parameters, 1.44 M of them flow."""
+    """The released models: width 64, 30 blocks per direction, 6.29 M parameters (1.44 M of them flow)."""
 
     def __init__(
         self, width: int = 64, blocks: int = 30, detail: int = 64, flow_widths: Sequence[int] = WIDTHS
@@ -93,13 +93,19 @@ class BasicVSR(Recurrent):
         self.fusion = nn.Conv2d(2 * width, width, 1)
 
     def forward(
-        self, frames: Tensor, memory: Memory | None = None, behind: int = 0, ahead: int = 0
+        self,
+        frames: Tensor,
+        memory: Memory | None = None,
+        behind: int = 0,
+        ahead: int = 0,
+        start: int = 0,
     ) -> tuple[Tensor, Memory]:
         """`B F 3 H W` in [0, 1], float32, to `B F-behind-ahead 3 4H 4W`, unclamped, and the memory.
 
-        memory: of the frames before these (None: these begin the clip). The first `behind` and the last
+        memory: of the frames before these (None: nothing is known of them). The first `behind` and the last
         `ahead` frames are context: propagated through, not reconstructed; the memory stands before the
-        latter. Features have the dtype of the weights; flow and frames stay float32.
+        latter. start: index in the clip of the first of these frames, which matters to IconVSR only.
+        Features have the dtype of the weights; flow and frames stay float32.
         """
         future = self._backward(frames, behind)
         out = []

@@ -45,15 +45,20 @@ class IconVSR(Recurrent):
         self.forward_fusion = nn.Conv2d(2 * width, width, 3, padding=1)
 
     def forward(
-        self, frames: Tensor, memory: Memory | None = None, behind: int = 0, ahead: int = 0
+        self,
+        frames: Tensor,
+        memory: Memory | None = None,
+        behind: int = 0,
+        ahead: int = 0,
+        start: int = 0,
     ) -> tuple[Tensor, Memory]:
-        """As BasicVSR's. Keyframes are counted from the first of these frames, context included.
+        """As BasicVSR's. Keyframes: every fifth frame of the clip, and the last of these.
 
         H and W of at least 4: smaller ones cannot be reflected up to multiples of 4.
         """
         height, width = frames.shape[-2:]
         frames = _padded(frames)
-        key = self._keyframe_features(frames)
+        key = self._keyframe_features(frames, start)
         future = self._backward(frames, key)
         out = []
         for i in range(frames.shape[1] - ahead):
@@ -81,12 +86,12 @@ class IconVSR(Recurrent):
             memory = Memory(features[-1], frame)
         return features
 
-    def _keyframe_features(self, frames: Tensor) -> dict[int, Tensor]:
+    def _keyframe_features(self, frames: Tensor, start: int) -> dict[int, Tensor]:
         count = frames.shape[1]
         dtype = self.conv_last.weight.dtype
         return {
             i: self.edvr(frames[:, window_around(i, count, self.window)].to(dtype))
-            for i in sorted({*range(0, count, self.keyframe_stride), count - 1})
+            for i in sorted({*range(-start % self.keyframe_stride, count, self.keyframe_stride), count - 1})
         }
 
 
