@@ -1,107 +1,35 @@
-"""One self-contained HTML page: text, tables, pictures side by side, curves. No network, light and dark."""
+"""One self-contained HTML page: text, tables, pictures side by side, charts. No network, light and dark.
+
+The same parts give the same bytes. How it looks and moves stands in `page_shell`, charts in `charts`.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from flashvsr.base import charts
 from flashvsr.base.files import atomic
+from flashvsr.base.page_shell import SCRIPT, SHELL, STYLE, VIEWER
 
 Crop = tuple[int, int, int, int]
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6672; --paper: #fff; --line: #d9dee3;
-  --band: #f4f6f8; --best: #0a6b3d; --bestband: #e3f4ea; --mark: #e5484d; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181c;
-  --line: #303840; --band: #1c2228; --best: #7fdcaa; --bestband: #17392a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1400px;
-  color: var(--ink); background: var(--paper);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1.25rem; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p { max-width: 46rem; margin: .6rem 0; }
-code { font: .9em ui-monospace, Menlo, Consolas, monospace; background: var(--band); padding: .1em .3em;
-  border-radius: 4px; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .9rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; font-size: .875rem; }
-.num { text-align: right; }
-tbody tr:hover { background: var(--band); }
-td.best { color: var(--best); background: var(--bestband); font-weight: 700; }
-figure { margin: 1rem 0; min-width: 0; }
-figcaption { color: var(--soft); font-size: .875rem; margin: .35rem 0; }
-img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
-.compare { display: grid; gap: .75rem; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); }
-.compare figure { margin: 0; }
-.compare figcaption { color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }
-.compare img { width: 100%; image-rendering: pixelated; cursor: zoom-in; }
-.compare .whole { position: relative; margin-bottom: .5rem; }
-.compare .whole img { image-rendering: auto; }
-.compare .whole i { position: absolute; border: 2px solid var(--mark); border-radius: 2px;
-  pointer-events: none; }
-@media (max-width: 800px) { .compare { grid-template-columns: repeat(min(var(--n), 2), minmax(0, 1fr)); } }
-.gallery { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }
-.gallery figure { margin: 0; }
-.gallery figcaption { overflow-wrap: anywhere; line-height: 1.35; }
-.gallery img { width: 100%; }
-.panels { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); }
-.panels figure { margin: 0; }
-.panels figcaption { color: var(--ink); font-weight: 600; }
-.panels svg { width: 100%; overflow: visible; border-bottom: 0; }
-.panels rect { fill: #4b8bbe; }
-.panels line { stroke: var(--mark); stroke-width: 1.5; }
-.panels text { fill: var(--soft); font-size: 10px; }
-#big { position: fixed; inset: 0; display: none; place-items: center; background: #000d; cursor: zoom-out; }
-#big.open { display: grid; }
-#big img { width: 96vw; height: 88vh; object-fit: contain; image-rendering: pixelated; }
-#big b { color: #fff; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for part in parts %}{{ part }}
-{% endfor %}
-<div id="big"><b></b><img alt=""></div>
-<script>
-// A click enlarges a picture; the arrow keys go through its row, in place.
-const big = document.getElementById("big");
-let row = [], at = 0;
-function show(i) {
-  at = (i + row.length) % row.length;
-  big.querySelector("img").src = row[at].src;
-  big.querySelector("b").textContent = row[at].alt;
-}
-document.querySelectorAll(".compare img").forEach(img => img.addEventListener("click", () => {
-  const kind = img.closest(".whole") ? ".whole img" : ".zoom img";
-  row = [...img.closest(".compare").querySelectorAll(kind)];
-  big.classList.add("open"); show(row.indexOf(img));
-}));
-big.addEventListener("click", () => big.classList.remove("open"));
-document.addEventListener("keydown", e => {
-  if (!big.classList.contains("open")) return;
-  if (e.key === "Escape") big.classList.remove("open");
-  if (e.key === "ArrowRight") show(at + 1);
-  if (e.key === "ArrowLeft") show(at - 1);
-});
-</script>
-</body>
-</html>
-"""
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture as it stands in a page: a data URI, and its size in pixels."""
+
+    uri: str
+    height: int
+    width: int
 
 
 class Page:
@@ -130,36 +58,56 @@ class Page:
             paragraphs=paragraphs,
         )
 
+    def protocol(self, sentences: Sequence[str]) -> None:
+        """Small print under a table: how its numbers came about, a line each; `backticks` as in `text`."""
+        self._add(
+            '<div class="protocol">{% for line in lines %}<div>{% for word in line %}'
+            "{% if loop.index0 % 2 %}<code>{{ word }}</code>{% else %}{{ word }}{% endif %}"
+            "{% endfor %}</div>{% endfor %}</div>",
+            lines=[sentence.split("`") for sentence in sentences],
+        )
+
+    @contextmanager
+    def fold(self, summary: str) -> Iterator[None]:
+        """What is added inside is shown after a click on `summary`."""
+        self._add("<details><summary>{{ summary }}</summary>", summary=summary)
+        yield
+        self._add("</details>")
+
     def table(
         self,
         rows: Sequence[Mapping[str, Any]],
         columns: Sequence[tuple[str, str, str | None]],
         best: Mapping[str, Literal["max", "min"]] | None = None,
+        under: Mapping[str, str] | None = None,
     ) -> None:
         """A table with columns (key, title, format), a format being a spec such as ".2f" or None.
 
-        `best` marks the largest or smallest value of a column, ties included. A value that a row lacks is
-        shown as a dash.
+        `best` marks the largest or smallest value of a column, ties included; where a single row has it and
+        three or more have a value, the second best is underlined, ties included. `under` names for a column
+        the key of a text that stands small under its value. A value that a row lacks is shown as a dash.
         """
-        extremes = {}
-        for key, kind in (best or {}).items():
-            values = [row[key] for row in rows if _is_number(row.get(key)) and math.isfinite(row[key])]
-            if values:
-                extremes[key] = {"max": max, "min": min}[kind](values)
+        marks = {key: _marks(rows, key, kind) for key, kind in (best or {}).items()}
         head = [(title, any(_is_number(row.get(key)) for row in rows)) for key, title, _ in columns]
         body = [
             [
-                (_formatted(row.get(key), spec), numeric, key in extremes and row.get(key) == extremes[key])
+                (
+                    _formatted(row.get(key), spec),
+                    row.get((under or {}).get(key, "")),
+                    f"{'num' if numeric else ''} {marks[key][i] if key in marks else ''}".strip(),
+                )
                 for (key, _, spec), (_, numeric) in zip(columns, head, strict=True)
             ]
-            for row in rows
+            for i, row in enumerate(rows)
         ]
         self._add(
             '<div class="scroll"><table><thead><tr>{% for title, numeric in head %}'
             '<th{% if numeric %} class="num"{% endif %}>{{ title }}</th>{% endfor %}</tr></thead><tbody>'
-            "{% for row in body %}<tr>{% for text, numeric, best in row %}"
-            "<td class=\"{{ 'num ' if numeric }}{{ 'best' if best }}\">{{ text }}</td>"
-            "{% endfor %}</tr>{% endfor %}</tbody></table></div>",
+            "{% for row in body %}<tr>{% for text, small, classes in row %}"
+            '<td class="{{ classes }}">'
+            '{% if "second" in classes %}<u>{{ text }}</u>{% else %}{{ text }}{% endif %}'
+            "{% if small %}<small>{{ small }}</small>{% endif %}</td>{% endfor %}"
+            "</tr>{% endfor %}</tbody></table></div>",
             head=head,
             body=body,
         )
@@ -226,7 +174,7 @@ class Page:
     def histograms(self, panels: Sequence[tuple[str, Sequence[float], float | None]]) -> None:
         """How values are distributed: panels (title, values, where to draw a line or None)."""
         self._add(
-            '<div class="panels">{% for title, bars, marks, line in panels %}<figure>'
+            '<div class="panels bars">{% for title, bars, marks, line in panels %}<figure>'
             '<figcaption>{{ title }}</figcaption><svg viewBox="0 0 300 120">'
             '{% for x, y, w, h, n in bars %}<rect x="{{ x }}" y="{{ y }}" width="{{ w }}" '
             'height="{{ h }}"><title>{{ n }}</title></rect>{% endfor %}'
@@ -237,31 +185,79 @@ class Page:
             panels=[_histogram(*panel) for panel in panels],
         )
 
+    def viewer(
+        self,
+        choices: Sequence[tuple[str, Mapping[str, Embedded]]],
+        crop: Crop | None = None,
+        strips: int = 0,
+    ) -> None:
+        """Pictures side by side that are moved and enlarged together, one choice (a frame, say) at a time.
+
+        choices: (label, {pane: picture}), all with the same panes, of which the last is the reference: all
+        panes have its shape, smaller pictures are enlarged by repeating pixels. crop: (top, left, height,
+        width) in pixels of the reference, what is seen first (default: all). strips: panes stand below each
+        other, drawn so many times as high as their pixels ask for.
+        """
+        names = list(choices[0][1])
+        if any(list(pictures) != names for _, pictures in choices):
+            raise ValueError("every choice of a viewer needs the same pictures in the same order")
+        reference = choices[0][1][names[-1]]
+        zoom, left, top = 1.0, 0.0, 0.0
+        if crop is not None:
+            zoom = max(1.0, min(reference.height / crop[2], reference.width / crop[3]))
+            left = min(crop[1] / reference.width, 1 - 1 / zoom)
+            top = min(crop[0] / reference.height, 1 - 1 / zoom)
+        self._add(
+            VIEWER,
+            choices=choices,
+            names=names,
+            strips=strips,
+            crop=crop is not None,
+            columns=1 if strips else _columns(len(names)),
+            ratio=f"{reference.width} / {reference.height * max(strips, 1)}",
+            view=f"{zoom:.4f} {left:.5f} {top:.5f}",
+            zoom=f"{zoom:.4f}",
+            x=f"{100 * left:.3f}",
+            y=f"{100 * top:.3f}",
+        )
+
+    def charts(self, drawn: Sequence[tuple[str, str]], names: Sequence[str] = ()) -> None:
+        """Charts (title, SVG of `flashvsr.base.charts`) in rows, above them the key of their series."""
+        from markupsafe import Markup
+
+        self._add(
+            '{{ key }}<div class="charts">{% for title, svg in drawn %}<figure>'
+            "{% if title %}<figcaption>{{ title }}</figcaption>{% endif %}{{ svg }}</figure>"
+            "{% endfor %}</div>",
+            key=Markup(charts.legend(names)) if names else "",
+            drawn=[(title, Markup(svg)) for title, svg in drawn],
+        )
+
     def curves(
         self,
         series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         ylabel: str,
         xlabel: str = "step",
-        caption: str = "",
         log: bool = False,
     ) -> None:
         """Lines {name: (xs, ys)} in one plot; `log` takes a logarithmic y axis."""
-        light, dark = (_plot(series, xlabel, ylabel, log, ink) for ink in ("#1d2329", "#e4e8ec"))
-        self._add(
-            '<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">'
-            '<img src="{{ light }}" alt="{{ ylabel }}"></picture>'
-            "<figcaption>{{ caption }}</figcaption></figure>",
-            light=light,
-            dark=dark,
-            ylabel=ylabel,
-            caption=caption,
-        )
+        self.charts([("", charts.lines(series, xlabel, ylabel, log))], list(series))
 
     def save(self, path: str | Path) -> None:
         """Write the page, atomically."""
-        html = _render(_TEMPLATE, title=self.title, parts=self._parts)
+        from markupsafe import Markup
+
+        shell = {"style": Markup(STYLE), "script": Markup(SCRIPT)}
+        html = _render(SHELL, title=self.title, parts=self._parts, **shell)
         with atomic(path) as part:
             part.write_text(str(html), encoding="utf-8")
+
+
+def embed(picture: np.ndarray, quality: int | None = None) -> Embedded:
+    """uint8 [H, W, 3] for a viewer: as PNG, or as JPEG of `quality` with its colours at full size."""
+    picture = _pixels(picture)
+    uri = _png_uri(picture) if quality is None else _jpeg_uri(picture, quality, subsampling=0)
+    return Embedded(uri, picture.shape[0], picture.shape[1])
 
 
 def busiest_crop(image: np.ndarray, height: int, width: int) -> Crop:
@@ -308,12 +304,17 @@ def _png_uri(picture: bytes | np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def _jpeg_uri(picture: np.ndarray) -> str:
+def _jpeg_uri(picture: np.ndarray, quality: int = 82, subsampling: int = 2) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "jpeg", quality=82)
+    Image.fromarray(picture).save(buffer, "jpeg", quality=quality, subsampling=subsampling)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _columns(panes: int) -> int:
+    """Of a viewer: one row for up to three panes, else two rows or more."""
+    return panes if panes <= 3 else max(2, min(4, -(-panes // 2)))
 
 
 def _histogram(title: str, values: Sequence[float], mark: float | None) -> tuple:
@@ -338,28 +339,17 @@ def _histogram(title: str, values: Sequence[float], mark: float | None) -> tuple
     return f"{title} ({len(known):,})", bars, marks, line
 
 
-def _plot(series: Mapping[str, tuple], xlabel: str, ylabel: str, log: bool, ink: str) -> str:
-    # Figure without pyplot: no global state and no window system.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, (xs, ys) in series.items():
-        axes.plot(xs, ys, label=name, linewidth=1.6, marker="o" if len(xs) < 2 else None)
-    axes.set_xlabel(xlabel, color=ink)
-    axes.set_ylabel(ylabel, color=ink)
-    if log:
-        axes.set_yscale("log")
-    axes.tick_params(colors=ink, which="both")
-    axes.grid(alpha=0.25)
-    for side, spine in axes.spines.items():
-        spine.set_color(ink)
-        spine.set_visible(side in ("left", "bottom"))
-    if series:
-        axes.legend(frameon=False, labelcolor=ink)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _marks(rows: Sequence[Mapping[str, Any]], key: str, kind: Literal["max", "min"]) -> list[str]:
+    """For each row "best", "second" or nothing; NaN and what is no number take no part."""
+    values = [row.get(key) for row in rows]
+    known = [v for v in values if _is_number(v) and not math.isnan(v)]
+    if not known:
+        return [""] * len(rows)
+    order = sorted(set(known), reverse=kind == "max")
+    names = {order[0]: "best"}
+    if len(order) > 1 and len(known) > 2 and known.count(order[0]) == 1:
+        names[order[1]] = "second"
+    return [names.get(v, "") if _is_number(v) else "" for v in values]
 
 
 def _is_number(value: Any) -> bool:
@@ -369,6 +359,8 @@ def _is_number(value: Any) -> bool:
 def _formatted(value: Any, spec: str | None) -> str:
     if value is None:
         return "–"
+    if _is_number(value) and math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     return format(value, spec) if spec and _is_number(value) else str(value)
 
 

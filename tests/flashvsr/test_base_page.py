@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flashvsr.base.page import Page, busiest_crop
+from flashvsr.base import charts
+from flashvsr.base.page import Page, busiest_crop, embed
 
 
 class _Seen(HTMLParser):
@@ -35,7 +39,7 @@ class _Seen(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == "td":
+        if "td" in self.open:
             self.cells[-1][1] += data
 
 
@@ -61,7 +65,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     html, seen = _saved(page, tmp_path)
     assert "<h1>A &amp; &lt;b&gt;</h1>" in html and "<h2>Head &lt;1&gt;</h2>" in html
     assert "<p>One <code>code &lt;x&gt;</code> two.</p><p>Second &amp; last.</p>" in html
-    assert len(seen.sources) == 3 and all(s.startswith("data:") for s in seen.sources)
+    assert len(seen.sources) == 1 and all(s.startswith("data:") for s in seen.sources)
     assert not re.search(r"https?://", html)
     assert "@import" not in html and "<link" not in html
 
@@ -81,8 +85,26 @@ def test_the_table_marks_the_best(tmp_path):
     _, seen = _saved(page, tmp_path)
     texts = [text for _, text in seen.cells]
     assert texts[:8] == ["bicubic", "25.00", "0.500", "3", "ours", "27.13", "0.250", "–"]
-    assert [i for i, (kind, _) in enumerate(seen.cells) if "best" in kind] == [5, 6, 10]
+    assert texts[9] == "∞"
+    assert [i for i, (kind, _) in enumerate(seen.cells) if "best" in kind] == [6, 9, 10]
+    assert [i for i, (kind, _) in enumerate(seen.cells) if "second" in kind] == [5]  # the tie has no second
     assert ["num" in kind for kind, _ in seen.cells[:4]] == [False, True, True, True]
+
+
+def test_second_best_needs_three_values_and_a_best_alone(tmp_path):
+    def marks(values, kind):
+        page = Page("t")
+        rows = [{"v": v, "ci": f"{v} ± 1"} for v in values]
+        page.table(rows, [("v", "V", ".1f")], best={"v": kind}, under={"v": "ci"})
+        _, seen = _saved(page, tmp_path)
+        assert seen.cells[0][1] == f"{values[0]:.1f}{values[0]} ± 1"
+        return [kind.replace("num", "").strip() for kind, _ in seen.cells]
+
+    assert marks([1.0, 3.0, 2.0, 2.0], "max") == ["", "best", "second", "second"]
+    assert marks([1.0, 3.0, 2.0, 2.0], "min") == ["best", "", "second", "second"]
+    assert marks([3.0, 3.0, 2.0], "max") == ["best", "best", ""]
+    assert marks([1.0, 2.0], "max") == ["", "best"]
+    assert marks([1.0, float("nan"), 2.0, 1.5], "max") == ["", "", "best", "second"]
 
 
 def test_compare_shows_whole_pictures_and_the_same_place_enlarged(tmp_path):
@@ -141,6 +163,143 @@ def test_a_gallery_holds_its_pictures(tmp_path):
     picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
     assert picture.size == (30, 20) and abs(int(np.asarray(picture).mean()) - 200) <= 2
     assert "<div>one</div><div>second &lt;line&gt;</div>" in html
+
+
+def _viewer(tmp_path) -> tuple[str, np.ndarray]:
+    """A page with a viewer of two frames in three panes, and the reference's first frame."""
+    hr = np.random.default_rng(0).integers(0, 256, (2, 60, 80, 3), np.uint8)
+    page = Page("v")
+    choices = [
+        (f"frame {i}", {"LR": embed(hr[i, ::4, ::4]), "a <b>": embed(hr[i], 90), "HR": embed(hr[i])})
+        for i in (0, 1)
+    ]
+    page.viewer(choices, crop=(15, 40, 15, 20))
+    html, seen = _saved(page, tmp_path)
+    assert len([i for i in seen.images if i.get("src")]) == 6
+    return html, hr[0]
+
+
+def test_a_viewer_opens_at_its_crop_with_every_picture_inside(tmp_path):
+    html, hr = _viewer(tmp_path)
+    seen = _Seen(html)
+    assert [i["alt"] for i in seen.images[:6]] == [
+        f"{name}, frame {i}" for name in ("LR", "a <b>", "HR") for i in (0, 1)
+    ]
+    assert ["off" in i.get("class", "") for i in seen.images[:6]] == [False, True] * 3
+    assert np.array_equal(_decoded(seen.images[4]["src"]), hr)
+    assert np.array_equal(_decoded(seen.images[0]["src"]), hr[::4, ::4])
+    assert "--ratio: 80 / 60; --z: 4.0000; --x: 50.000%; --y: 25.000%" in html
+    with pytest.raises(ValueError, match="same pictures"):
+        Page("v").viewer([("1", {"a": embed(hr)}), ("2", {"b": embed(hr)})])
+
+
+_DRIVE = """<script>{
+const viewer = document.querySelector(".viewer"), said = [];
+const panes = [...viewer.querySelectorAll(".pane")], figures = [...viewer.querySelectorAll("figure")];
+const press = key => viewer.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+const say = what => {
+  const visible = img => getComputedStyle(img).visibility === "visible";
+  const shown = panes.map(p => [...p.children].findIndex(visible));
+  const transforms = [...viewer.querySelectorAll("img")].map(img => {
+    const m = new DOMMatrix(getComputedStyle(img).transform), w = img.clientWidth || 1;
+    return [m.a, m.e / w].map(v => v.toFixed(2)).join(" ");
+  });
+  const open = figures.filter(f => f.clientWidth > 0).length;
+  said.push({ what, shown, open, places: [...new Set(transforms)] });
+};
+const send = (type, pane, u, v, deltaY) => {
+  const box = pane.getBoundingClientRect(), Event = type === "wheel" ? WheelEvent : PointerEvent;
+  const place = { clientX: box.left + u * box.width, clientY: box.top + v * box.height };
+  const more = { deltaY, cancelable: true, pointerId: 1, pointerType: "mouse" };
+  pane.dispatchEvent(new Event(type, { ...place, ...more }));
+};
+HTMLElement.prototype.setPointerCapture = () => {};  // there is no real pointer
+const twice = -300 * Math.log(2);
+say("start"); press("0"); say("whole"); press("."); say("next frame"); press("."); say("round");
+send("wheel", panes[1], 1, 1, twice); say("wheel, not active");
+viewer.focus(); send("wheel", panes[1], 1, 1, twice); say("wheel at the corner");
+send("pointerdown", panes[2], 0.5, 0.5); send("pointermove", panes[2], 0.7, 0.5);
+send("pointerup", panes[2], 0.7, 0.5); send("pointermove", panes[2], 0.9, 0.5); say("dragged");
+press("2"); say("alone"); press("Escape"); press("d"); say("detail");
+document.body.innerHTML = "<pre>" + JSON.stringify(said) + "</pre>";
+}</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, a real browser")
+def test_one_pan_and_zoom_drives_all_panes_in_a_browser(tmp_path):
+    html, _ = _viewer(tmp_path)
+    (tmp_path / "driven.html").write_text(html.replace("</body>", f"{_DRIVE}</body>"), encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path}/browser", "--window-size=1000,800", "--virtual-time-budget=2000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path}/driven.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = {s.pop("what"): s for s in json.loads(re.search(r"<pre>(.*)</pre>", done.stdout)[1])}
+    assert all(len(s["places"]) == 1 or s["open"] == 1 for s in said.values()), said
+    places = {what: s["places"][0] for what, s in said.items()}
+    assert places["start"] == places["detail"] == "4.00 -2.00"  # four times, half of the picture to the left
+    assert places["whole"] == places["wheel, not active"] == "1.00 0.00"
+    assert places["wheel at the corner"] == "2.00 -1.00"  # the corner stays where it was
+    assert places["dragged"] == "2.00 -0.80"
+    assert said["start"]["shown"] == [0, 0, 0] and said["next frame"]["shown"] == [1, 1, 1]
+    assert said["round"]["shown"] == [0, 0, 0]
+    assert (said["alone"]["open"], said["detail"]["open"]) == (1, 3)
+
+
+def test_ticks_are_round_and_inside():
+    assert [t for _, t in charts.Axis(0.0, 1.0).ticks()] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    assert [v for v, _ in charts.Axis(0.0, 1.0).ticks()] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert [t for _, t in charts.Axis(24.1, 33.9).ticks()] == ["26", "28", "30", "32"]
+    assert [t for _, t in charts.Axis(0.0008, 0.4, True).ticks()] == [
+        "0.001", "0.002", "0.005", "0.01", "0.02", "0.05", "0.1", "0.2",
+    ]  # fmt: skip
+    axis = charts.axis_of([3.0, float("inf"), 5.0])
+    assert 2.5 < axis.low < 3 and 5 < axis.high < 5.5 and charts.axis_of([]).ticks()
+    assert charts.axis_of([7.0]).place(7.0) == pytest.approx(0.5)
+
+
+def test_charts_put_values_where_their_axes_say():
+    def places(svg):
+        return [(float(x), float(y)) for x, y in re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", svg)]
+
+    svg = charts.lines({"a": ([0, 1, 2, 3], [1.0, 2.0, float("inf"), 3.0]), "<b>": ([0], [1.0])}, "x", "y")
+    (line,) = re.findall(r'polyline points="([^"]+)"', svg)
+    assert len(line.split()) == 2 and "&lt;b&gt;" in svg  # the infinite value leaves a gap
+    last, alone = [p for p in places(svg) if p[0] > 20]
+    assert last[0] > alone[0] and last[1] < alone[1]  # 3 is right of 0; 3.0 is above 1.0
+    assert line.split()[0] == f"{alone[0]},{alone[1]}"
+
+    svg = charts.dots({"one": [1.0, 2.0], "two": [None, 1.0]}, ["a", "b"], "V")
+    (a, b, c) = places(svg)
+    assert a[0] == c[0] < b[0] and a[1] == b[1] < c[1]
+    assert [re.search(r"s\d", part)[0] for part in svg.split("<path")[1:]] == ["s0", "s1", "s1"]
+
+    spots = [
+        charts.Spot("a", 0.01, 1.0),
+        None,
+        charts.Spot("b", 0.1, 2.0, 1.5, 2.5),
+        charts.Spot("c", 1.0, 2.0),
+    ]
+    svg = charts.scatter(spots, "s", "V")
+    a, b, c = [p for p in places(svg) if p[0] > 20]
+    assert b[0] - a[0] == pytest.approx(c[0] - b[0], abs=0.2)  # decades are equally far apart
+    assert 'class="s1"' not in svg and svg.count("<line x1") == 1
+
+
+def test_the_same_parts_give_the_same_bytes(tmp_path):
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        _viewer(tmp_path / name)
+        page = Page("c")
+        page.curves({"a": ([0, 1], [3.0, 2.0])}, "loss")
+        page.save(tmp_path / name / "curves.html")
+        files.append([p.read_bytes() for p in sorted((tmp_path / name).iterdir())])
+    assert files[0] == files[1]
 
 
 def test_wrong_pictures_are_refused():
