@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +14,22 @@ import torch
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.base.files import atomic
+from flashvsr.base.measure import machine
 from flashvsr.weights.folder import save_model
-from train import checkpoint
 from train.config import STAGES, TrainConfig, to_yaml
+from train.efficiency import Efficiency
+from train.guards import Guards, stop_broken
 from train.launch import REQUEUE, World
 from train.lock import run_lock
 from train.optim import lr_at
 from train.preemption import StopSignal
+from train.profile import Profile
 from train.resume import Checkpoints, Position, finished
 from train.stages import make_stage
 from train.stages.feed import Inputs
 from train.stages.shared import Stage, relative
-from train.telemetry import Telemetry
+from train.telemetry import Telemetry, of_all_ranks
+from train.trackers import start_trackers, versions
 from train.turns import reduce
 from train.validate import Validation
 
@@ -35,58 +40,56 @@ def run(config: TrainConfig, world: World) -> int:
         if world.is_main:
             print(f"{STAGES[config.stage.name]} of run {config.run} is complete: nothing to do")
         return 0
-    stage = make_stage(config, world)  # a missing earlier stage ends here, before anything is written
-    if not world.is_main:
-        return _train(stage)
-    with run_lock(config.stage_dir):
-        return _train(stage)
+    with StopSignal() as stop:
+        stage = make_stage(config, world)  # a missing earlier stage ends here, before anything is written
+        with run_lock(config.stage_dir, world):
+            return _train(stage, stop)
 
 
-def _train(stage: Stage) -> int:
+def _train(stage: Stage, stop: StopSignal) -> int:
     config, world = stage.config, stage.world
     accumulation = _accumulation(config, world)
-    checkpoints = Checkpoints(stage, config.stage_dir / "checkpoints")
+    checkpoints = Checkpoints(stage, _checkpoints(config))
     position = checkpoints.restore()
-    start = position.step
-    wandb = None
-    if config.log.wandb:
-        name = f"{config.run}-{STAGES[config.stage.name]}"
-        wandb = {"project": config.log.project, "name": name, "config": asdict(config)}
-        if position.wandb_id is not None:
-            wandb["id"] = position.wandb_id
-    telemetry = Telemetry(
-        config.stage_dir, STAGES[config.stage.name], config.steps,
-        every=config.log.every, quiet=config.log.quiet, wandb=wandb, main=world.is_main,
-    )  # fmt: skip
-    telemetry.truncate(start if start else -1)
+    efficiency, guards = Efficiency(stage), Guards(config.data.workers)
     if world.is_main:
-        _announce(stage, start, accumulation)
+        _announce(stage, position.step, accumulation, efficiency)
     clips, validation = stage.feed.clips("train"), Validation(stage)
     if world.is_main:
         with atomic(config.stage_dir / "config.yaml") as part:
             part.write_text(to_yaml(config))
-    if start == 0:
-        telemetry.val(0, validation(0))
-    batches = stage.feed.batches(clips, position.counter)
-    step, counter, stopped = start, position.counter, False
-    with StopSignal() as stop, checkpoints:
+    profile = Profile(config, world)
+    step, counter, stopped = position.step, position.counter, False
+    with _telemetry(stage, position) as telemetry, checkpoints:
+        for record in telemetry.resume(step if step else -1):
+            guards.look(record["step"], record)
+        if step == 0:
+            telemetry.val(0, *validation(0))
+        batches = stage.feed.batches(clips, counter)
         while step < config.steps and not stopped:
+            profile.before(step + 1)
             begin = time.monotonic()
             micros = [next(batches) for _ in range(accumulation)]
             waited = time.monotonic() - begin
+            roles = [role for role, _ in stage.turns(step)]
             record = train_step(stage, micros, step)
             step += 1
             counter += config.global_batch_size
             record |= {"counter": counter, "samples": config.global_batch_size}
-            record |= {"data_seconds": waited, "data_damaged": _damaged(micros, world)}
+            record |= of_all_ranks(world, waited, sum(len(micro["damaged"]) for micro in micros))
             record |= {"seconds": time.monotonic() - begin}
-            telemetry.train(step, record)
+            record |= efficiency.record(roles, record["seconds"])
+            marks, warnings = guards.look(step, record)
+            telemetry.train(step, record | marks, warnings)
+            profile.after(step, last=step == config.steps)
             stopped = stop.requested(world) and step < config.steps
-            if step % config.validate_every == 0 or step == config.steps:
-                telemetry.val(step, validation(step))
-            if step % config.save_every == 0 or step == config.steps or stopped:
+            # Also at the first step: what does not fit into memory or cannot be written shows at once.
+            if step % config.validate_every == 0 or step in (1, config.steps):
+                telemetry.val(step, *validation(step))
+            if step % config.save_every == 0 or step in (1, config.steps) or stopped:
                 checkpoints.save(Position(step, counter, telemetry.wandb_id))
-    telemetry.close()
+            if step == position.step + 1:  # what is compiled is compiled, and the ranks have just met
+                world.set_timeout(config.parallel.timeout)
     if stopped:
         if world.is_main:
             print(f"stopped at step {step} by {stop.name}; the same command continues from there")
@@ -97,12 +100,6 @@ def _train(stage: Stage) -> int:
         print(f"{STAGES[config.stage.name]} complete after {step} steps: {relative(path)}")
     world.barrier()
     return 0
-
-
-def _damaged(micros: Sequence[Mapping[str, Any]], world: World) -> int:
-    """How many clips of this step, on all ranks, were damaged and replaced by others."""
-    count = sum(len(micro["damaged"]) for micro in micros)
-    return int(world.all_reduce_sum(torch.tensor(float(count), device=world.device)))
 
 
 def train_step(stage: Stage, micros: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
@@ -117,12 +114,12 @@ def train_step(stage: Stage, micros: Sequence[Mapping[str, Any]], step: int) -> 
         lr = lr_at(step, base=engine.lr, warmup=o.warmup, total=config.steps, schedule=o.schedule)
         norm = engine.step(lr)
         record[f"grad_norm/{role}"] = norm
+        if not math.isfinite(norm):
+            stop_broken(f"the gradient of role {role}", step + 1, micros, stage.world, _checkpoints(config))
         if role == stage.main:
             record["lr"] = lr
             if stage.ema is not None:
                 stage.ema.update(engine.trained())
-        if not math.isfinite(norm):
-            raise _broken(stage, f"the gradient of role {role}", step, micros)
     return record
 
 
@@ -151,7 +148,7 @@ def _accumulate(
     totals = dict(zip(names, world.all_reduce_sum(values.to(world.device)).tolist(), strict=True))
     for name, value in totals.items():
         if not math.isfinite(value):
-            raise _broken(stage, f"{name} of role {role}", step, micros)
+            stop_broken(f"{name} of role {role}", step + 1, micros, world, _checkpoints(stage.config))
     record = {name: value for name, value in totals.items() if name.startswith("loss/")}
     for name, value in totals.items():
         if name.startswith("square/"):
@@ -159,13 +156,23 @@ def _accumulate(
     return record
 
 
-def _broken(stage: Stage, what: str, step: int, micros: Sequence[Mapping[str, Any]]) -> UserError:
-    ids = ", ".join(str(i) for micro in micros for i in micro["ids"])
-    last = checkpoint.latest(stage.config.stage_dir / "checkpoints")
-    return UserError(
-        f"{what} is not finite at step {step + 1} (samples {ids}); the last good checkpoint is {last}: "
-        "lower optim.lr or look at these samples"
-    )
+def _checkpoints(config: TrainConfig) -> Path:
+    return config.stage_dir / "checkpoints"
+
+
+def _telemetry(stage: Stage, position: Position) -> Telemetry:
+    """Of this stage from `position` on, with the trackers asked for, which are told what is really run."""
+    config, world, name = stage.config, stage.world, STAGES[stage.config.stage.name]
+    trackers = []
+    if world.is_main:
+        facts = {**asdict(config), "in_use": stage.in_use, "processes": world.size}
+        facts |= {"machine": machine(), "versions": versions()}
+        where = config.stage_dir, f"{config.run}-{name}"
+        trackers = start_trackers(config.log, *where, facts, position.step, position.wandb_id)
+    return Telemetry(
+        config.stage_dir, name, config.steps,
+        every=config.log.every, quiet=config.log.quiet, trackers=trackers, main=world.is_main,
+    )  # fmt: skip
 
 
 def _accumulation(config: TrainConfig, world: World) -> int:
@@ -178,7 +185,7 @@ def _accumulation(config: TrainConfig, world: World) -> int:
     return config.global_batch_size // per_round
 
 
-def _announce(stage: Stage, start: int, accumulation: int) -> None:
+def _announce(stage: Stage, start: int, accumulation: int, efficiency: Efficiency) -> None:
     """What is in use, once."""
     config, world = stage.config, stage.world
     sizes = ", ".join(f"{role} {e.count / 1e6:.2f} M trained" for role, e in stage.roles.items())
@@ -187,6 +194,6 @@ def _announce(stage: Stage, start: int, accumulation: int) -> None:
         f"batch {config.global_batch_size} = {config.micro_batch_size} x {world.size} processes x "
         f"{accumulation}; {config.precision} on {world.device}; "
         + "".join(f"{what}: {name}; " for what, name in stage.in_use.items())
-        + f"step {start} of {config.steps}",
+        + f"{efficiency.description}; step {start} of {config.steps}",
         flush=True,
     )

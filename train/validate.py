@@ -43,7 +43,7 @@ class Validation:
         self.bicubic = self._bicubic()
 
     @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int) -> tuple[dict[str, float], dict[str, Path]]:
         """val/loss, val/psnr, ... of the live model, bicubic's beside them; writes a picture."""
         stage, losses, frames = self.stage, [], []
         modes = {name: engine.module.training for name, engine in stage.roles.items()}
@@ -57,10 +57,9 @@ class Validation:
                 frames.append(stage.upscaled(sample))
         for name, engine in stage.roles.items():
             engine.module.train(modes[name])
-        if stage.world.is_main:
-            self._picture(step, frames)
+        media = {"picture": self._picture(step, frames)} if stage.world.is_main else {}
         record = {"val/loss": torch.cat(losses).mean().item()}
-        return record | {f"val/{k}": v for k, v in self._scores(frames).items()} | self.bicubic
+        return record | {f"val/{k}": v for k, v in self._scores(frames).items()} | self.bicubic, media
 
     def _inputs(self, micro: Mapping[str, Any], draw: Draw) -> Any:
         """Whole held-out clips: as training prepares them, but never cropped."""
