@@ -46,9 +46,19 @@ class TeacherStage:
 
 
 @dataclass(frozen=True)
+class SparseCausalLoss:
+    flow: float
+    teacher: float
+    attention_kl: float
+
+
+@dataclass(frozen=True)
 class SparseCausalStage:
     name: Literal["sparse_causal"]
     sparse_ratio: float | None
+    sparse_ramp: int
+    sparse_start: float | None
+    loss: SparseCausalLoss
     attention: str  # backend of block-sparse attention
     random_window: bool
     random_history: bool
@@ -56,12 +66,17 @@ class SparseCausalStage:
     lora_targets: tuple[str, ...]
     validation_steps: int
 
+    def check_ramp(self) -> None:
+        if None in (self.sparse_start, self.sparse_ratio):
+            raise UserError("stage.sparse_ramp goes from stage.sparse_start to stage.sparse_ratio: set both")
+
 
 @dataclass(frozen=True)
 class OneStepLoss:
     dmd: float
     mse: float
     lpips: float
+    first_frame: float  # weight of a clip's frame 0 beside the others
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ class OneStepStage:
     dmd_range: tuple[float, float]  # of u before the shift
     loss: OneStepLoss
     fake_lr: float
+    fake_projector: Literal["shared", "own"]
+    regression_steps: int
     pixel_latents: int  # decoded with gradient
     lora_rank: int
     lora_targets: tuple[str, ...]
@@ -137,6 +154,8 @@ class Optim:
 class Parallel:
     kind: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
     processes: int | None
+    first_timeout: float  # minutes
+    timeout: float
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,9 @@ class TrainConfig:
     prompt: str | None
     device: str
     precision: Literal["fp32", "bf16"]
-    checkpointing: bool
+    checkpointing: Literal["none", "full", "selective"]
+    offload: bool
+    compile: bool
     expect: float
 
     @property
@@ -202,8 +223,14 @@ class TrainConfig:
     def stage_dir(self) -> Path:
         return self.run_dir / STAGES[self.stage.name]
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again: of the VAE by layer and of LPIPS by frame in either mode."""
+        return self.checkpointing != "none"
+
     def check(self) -> None:
         """What the types cannot say. Raises UserError."""
+        self._check_engine()
         if self.scale.preset not in PRESETS:
             raise UserError(f"scale.preset={self.scale.preset!r} is unknown; there are {', '.join(PRESETS)}")
         if self.global_batch_size % self.micro_batch_size:
@@ -219,16 +246,37 @@ class TrainConfig:
                 f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}, so some "
                 "of these would never be written; change one of them (keep_every=0 keeps the newest only)"
             )
+        if min(self.parallel.first_timeout, self.parallel.timeout) <= 0:
+            raise UserError("parallel.first_timeout and parallel.timeout are minutes above 0")
+        if self.stage.name == "decoder" and self.stage.difference and self.stage.window < 2:
+            raise UserError("stage.difference compares frames: give stage.window of at least 2 latents")
+        if self.stage.name == "sparse_causal" and self.stage.sparse_ramp:
+            self.stage.check_ramp()
+        if self.data.latents_per_clip % 2:
+            raise UserError(
+                f"data.latents_per_clip={self.data.latents_per_clip} must be even: a chunk is 2 latents"
+            )
+
+    def _check_engine(self) -> None:
         if self.parallel.kind == "zero3" and self.stage.name == "one_step":
             raise UserError(
                 "parallel=zero3 cannot run stage 3, whose roles run inside each other's turn: "
                 "use fsdp2 or zero2"
             )
-        if self.stage.name == "decoder" and self.stage.difference and self.stage.window < 2:
-            raise UserError("stage.difference compares frames: give stage.window of at least 2 latents")
-        if self.data.latents_per_clip % 2:
+        if self.stage.name in ("vae", "decoder"):
+            for key in ("offload", "compile"):
+                if getattr(self, key):
+                    raise UserError(
+                        f"{key}=true acts on the DiT's blocks, and stage={self.stage.name} has none"
+                    )
+        if self.offload and self.checkpointing == "none":
             raise UserError(
-                f"data.latents_per_clip={self.data.latents_per_clip} must be even: a chunk is 2 latents"
+                "offload=true moves what checkpointing keeps: add checkpointing=full or selective"
+            )
+        if self.compile and self.parallel.kind == "zero3":
+            raise UserError(
+                "compile=true cannot run under parallel=zero3, which gathers every layer's weights inside "
+                "what would be compiled: use fsdp2"
             )
 
 

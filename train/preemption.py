@@ -22,6 +22,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._pid = os.getpid()
         self._first: dict[int, float] = {}
         self._previous: dict[int, object] = {}
 
@@ -47,6 +48,8 @@ class StopSignal:
         return agreed != 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a process forked from this one: it is this one that decides
         now = time.monotonic()
         first = self._first.setdefault(number, now)
         if now - first > ECHO_SECONDS:

@@ -13,6 +13,7 @@ from torch import nn
 from flashvsr.base.cli import UserError
 from train.checkpoint import latest, load, load_optimizer, optimizer_tensors, save
 from train.ema import Ema
+from train.launch import World
 from train.lock import run_lock
 from train.optim import build_optimizer, lr_at, set_lr
 
@@ -21,6 +22,9 @@ PARTS = {
     "student": {"w": torch.arange(6.0).view(2, 3)},
     "student.ema": {"w": torch.ones(3, dtype=torch.bfloat16)},
 }
+
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Run:
@@ -175,17 +179,21 @@ def test_killed_inside_saves_leaves_a_complete_checkpoint(tmp_path):
 
 def test_two_runs_in_one_directory(tmp_path):
     code = (
-        "import sys, time, pathlib\nfrom train.lock import run_lock\n"
-        "with run_lock(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+        "import sys, time, pathlib\nfrom train.launch import init_group\nfrom train.lock import run_lock\n"
+        "with run_lock(pathlib.Path(sys.argv[1]), init_group('cpu')):\n    print('in', flush=True)\n"
+        "    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "in\n"
-        with pytest.raises(UserError, match=f"process {process.pid} on .*run=NAME"), run_lock(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {process.pid} on .*run=NAME"),
+            run_lock(tmp_path, ALONE),
+        ):
             pass
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    with run_lock(tmp_path):  # the killed process holds nothing
+    with run_lock(tmp_path, ALONE):  # the killed process holds nothing
         pass

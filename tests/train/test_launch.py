@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -128,7 +129,7 @@ def test_a_dying_rank_is_named_and_ends_the_others(module, monkeypatch, capfd):
     begun = time.monotonic()
     assert spawn([], 2, module=module(DYING)) == 3
     assert time.monotonic() - begun < 10
-    assert "rank 1 of 2 ended with exit code 3" in capfd.readouterr().err
+    assert f"rank 1 of 2 on {socket.gethostname()} ended with exit code 3" in capfd.readouterr().err
 
 
 def places(folder):
@@ -177,7 +178,7 @@ def test_a_killed_launcher_takes_its_ranks_along(module, tmp_path):
 def test_the_same_signal_later_exits_at_once(monkeypatch):
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    clock = iter([0.0, 0.2, 0.4, 1.5, 1.6])
+    clock = iter([0.0, 0.2, 0.4, 2.5, 2.6])
     monkeypatch.setattr("train.preemption.time", SimpleNamespace(monotonic=lambda: next(clock)))
     world = World(0, 1, 0, torch.device("cpu"))
     before = signal.getsignal(signal.SIGINT)
