@@ -145,10 +145,11 @@ def _accumulate(
             engine.backward(reduced.surrogate)
     names = sorted(sums)
     values = torch.stack([sums[name] for name in names])
-    totals = dict(zip(names, world.all_reduce_sum(values.to(world.device)).tolist(), strict=True))
+    totals = dict(zip(names, world.all_reduce_sum(values).tolist(), strict=True))
     for name, value in totals.items():
         if not math.isfinite(value):
-            stop_broken(f"{name} of role {role}", step + 1, micros, world, _checkpoints(stage.config))
+            what = name.replace("square/", "the gradient of loss/")
+            stop_broken(f"{what} of role {role}", step + 1, micros, world, _checkpoints(stage.config))
     record = {name: value for name, value in totals.items() if name.startswith("loss/")}
     for name, value in totals.items():
         if name.startswith("square/"):

@@ -37,7 +37,10 @@ class Losses:
 
 @dataclass(frozen=True)
 class Reduced:
-    """One micro-batch's share: the tensor to send back, sums of values, squared gradient norms per term."""
+    """One micro-batch's share: the tensor to send back, sums of values, squared gradient norms per term.
+
+    Sums are float64 scalars where the outputs lie: a GPU is waited for once a turn, not once a term.
+    """
 
     surrogate: Tensor
     values: dict[str, Tensor]
@@ -53,11 +56,11 @@ def reduce(losses: Losses, global_count: int) -> Reduced:
         value = losses.terms[name]
         share = losses.weights[name] * value.sum() / global_count
         gradients = torch.autograd.grad(share, losses.at, retain_graph=name != names[-1], allow_unused=True)
-        squares[name] = torch.zeros((), dtype=torch.float64)
+        squares[name] = torch.zeros((), dtype=torch.float64, device=value.device)
         for whole, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 whole += gradient
-                squares[name] += gradient.double().square().sum().cpu()
-        values[name] = value.detach().double().sum().cpu() / global_count
+                squares[name] += gradient.double().square().sum()
+        values[name] = value.detach().double().sum() / global_count
     surrogate = sum((out.float() * g.float()).sum() for out, g in zip(losses.outputs, total, strict=True))
     return Reduced(surrogate, values, squares)
