@@ -1,7 +1,7 @@
 """Methods to be measured against; each has `push(frames)` and `flush()` like our own upscaler.
 
-`Chunked(load_network("basicvsr", FILE), interval=15, overlap=2)` is BasicVSR on a stream: load the network once,
-take a fresh `Chunked` for each clip.
+`Chunked(load_network("basicvsr", FILE), interval=15, overlap=2)` is BasicVSR on a stream: the network is
+loaded once, every clip takes a fresh `Chunked`.
 """
 
 from eval.baselines.chunked import Chunked

@@ -15,10 +15,7 @@ from tests.golden import Report, check
 
 def table(report: Report) -> str:
     lines = [f"{report.path.name}  {json.dumps(report.meta, sort_keys=True)}"]
-    if report.not_yet:
-        lines.append(f"  not yet: this code has no {report.not_yet}; nothing of this file was compared")
-    else:
-        lines.append(f"  {'tensor':44s} {'max error':>9s}    {'tolerance':>9s}")
+    lines.append(f"  {'tensor':44s} {'max error':>9s}    {'tolerance':>9s}")
     for row in report.rows:
         line = f"  {row.name:44s} {row.error:9.2e} <= {row.tolerance:9.0e}  {row.verdict:4s} {row.note}"
         lines.append(line.rstrip() if row.passed else line.replace("<=", "> ", 1).rstrip())
@@ -34,8 +31,6 @@ def summary(reports: list[Report], unreadable: int) -> str:
     if measured:
         share, report, row = max(measured, key=lambda m: m[0])
         parts.append(f"nearest its tolerance: {report.path.name} {row.name} {row.error:.1e} ({share:.0%})")
-    if later := [report.path.name for report in reports if report.not_yet]:
-        parts.append(f"not yet compared: {', '.join(later)}")
     if unreadable:
         parts.append(f"{unreadable} could not be compared")
     return "; ".join(parts)

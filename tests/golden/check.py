@@ -10,21 +10,25 @@ import torch
 
 from flashvsr.base.cli import UserError
 from tests.golden.file import Golden, Row
-from tests.golden.parts import MISC, check_misc, check_projector, check_tc_decoder, check_vae
+from tests.golden.parts import (
+    MISC,
+    check_baseline,
+    check_misc,
+    check_projector,
+    check_tc_decoder,
+    check_vae,
+)
 from tests.golden.stream import check_dit_stream, check_pipeline
-
-NOT_YET = {"basicvsr": "BasicVSR", "iconvsr": "IconVSR"}  # of networks this code does not have
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of one file; `not_yet`: the network it needs, which this code does not have."""
+    """Rows of one file."""
 
     path: Path
     meta: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    not_yet: str | None = None
 
     @property
     def failed(self) -> list[Row]:
@@ -37,6 +41,7 @@ def _checker(golden: Golden) -> Callable[[Golden], Iterator[Row]]:
         ("lq_uint8_CFHW", check_pipeline),
         ("chunk0.x", check_dit_stream),
         ("chunk0.latent_NTCHW", check_tc_decoder),
+        ("input_BNCHW", check_baseline),
     ):
         if mark in present:
             return check_file
@@ -51,8 +56,6 @@ def _checker(golden: Golden) -> Callable[[Golden], Iterator[Row]]:
 def check(path: str | Path) -> Report:
     """Compares one file. UserError for one that cannot be read, is none of these, or lacks what is needed."""
     golden = Golden(path)
-    if (network := NOT_YET.get(golden.meta.get("model", "").lower())) is not None:
-        return Report(golden.path, golden.meta, not_yet=network)
     rows = list(_checker(golden)(golden))
     if not rows:
         raise UserError(f"{path} holds no output to compare with")

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from eval.baselines.basicvsr import Recurrent
+from eval.baselines.weights import network_of
 from flashvsr.base.cli import UserError
 from flashvsr.config import VAEConfig
 from flashvsr.models.dit import DiT
@@ -18,7 +20,7 @@ from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
 from flashvsr.weights import names
 
-ACTIVATION, FRAMES, STATISTICS, SCHEDULE, WEIGHTS = 2e-5, 2e-4, 2e-5, 2e-7, 2e-6
+ACTIVATION, FRAMES, STATISTICS, SCHEDULE, WEIGHTS, BASELINE = 2e-5, 2e-4, 2e-5, 2e-7, 2e-6, 1e-4
 VARIANTS = {"buffer": "buffer", "causal": "causal", "v1": "buffer", "v1.1": "causal", "v11": "causal"}
 Shapes = dict[str, tuple[int, ...]]
 
@@ -155,6 +157,15 @@ class Golden:
         present = [h for h in halves if any(n.startswith(f"vae.{h[0]}") for n in self.tensors)]
         absent = tuple(prefix for h in halves if h not in present for prefix in h)
         return self._fill("vae.", make, absent if present else ())
+
+    def baseline(self, kind: str) -> Recurrent:
+        """BasicVSR or IconVSR; unlike the modules above it knows every name, so none may be left over."""
+        weights = {n: t for n, t in self.tensors.items() if n.startswith("model.")}
+        self.used.update(weights)
+        network = network_of(kind, {n.removeprefix("model."): t for n, t in weights.items()}, str(self.path))
+        if kind == "iconvsr":
+            network.keyframe_stride = int(self.setting("keyframe_stride", network.keyframe_stride))
+        return network.requires_grad_(False)
 
     def unused(self) -> list[str]:
         """Tensors that nothing here asked for."""

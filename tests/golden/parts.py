@@ -1,4 +1,4 @@
-"""Schedules, masks, colours, projector, TC decoder and VAE against their golden tensors."""
+"""Schedules, masks, colours, projector, TC decoder, VAE and baselines against their golden tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashvsr.attention.selection import causal_chunks, local_window
 from flashvsr.models.dit import time_features
 from flashvsr.models.rope import grid_rope, rotate
 from flashvsr.streaming import color
-from tests.golden.file import ACTIVATION, SCHEDULE, WEIGHTS, Golden, Row
+from tests.golden.file import ACTIVATION, BASELINE, SCHEDULE, WEIGHTS, Golden, Row
 
 MISC = ("flow.", "rope", "color.", "causal_mask", "local_mask", "time_embed")
 
@@ -96,3 +96,21 @@ def check_vae(golden: Golden) -> Iterator[Row]:
             pieces.append(frames)
         ours = torch.cat(pieces, 2)
         yield golden.compare("decoded latent by latent", ours, ACTIVATION, golden["decoded"])
+
+
+def check_baseline(golden: Golden) -> Iterator[Row]:
+    """BasicVSR or IconVSR, told by the weights: the whole clip, and one chunk with all else as context."""
+    kind = "iconvsr" if any(n.startswith("model.edvr.") for n in golden.tensors) else "basicvsr"
+    network, frames = golden.baseline(kind), golden["input_BNCHW"]
+    said = golden.meta.get("model", kind).lower()
+    if said != kind:
+        golden.notes.append(f"the metadata says model={said}, the weights are {kind}'s")
+    if "output_BNCHW" not in golden:
+        return
+    whole, _ = network(frames)
+    yield golden.compare("output_BNCHW", whole, BASELINE)
+    behind = frames.shape[1] // 3
+    ahead = frames.shape[1] - 1 - behind
+    middle, _ = network(frames, behind=behind, ahead=ahead)
+    theirs = golden["output_BNCHW"][:, behind : behind + 1]
+    yield golden.compare(f"output_BNCHW: frame {behind} amid context", middle, BASELINE, theirs)

@@ -28,6 +28,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         local_range=None, eps=1e-6, lr_variant="causal", hidden1=2, hidden2=3, layer_num=1, decoder="tc",
         channels=(6, 4, 4, 4), vae_dim=4, color_fix="adain", frames=33, height=128, width=256,
     ),
+    "basicvsr": dict(num_feat=6, num_block=2, detail=4, flow=(6, 8, 6, 4), frames=4, height=35, width=44,
+                     batch=1),
+    "iconvsr": dict(num_feat=8, num_block=1, detail=4, flow=(6, 8, 6, 4), window=5, edvr_blocks=1, groups=4,
+                    keyframe_stride=5, frames=6, height=18, width=23, batch=1),
 }  # fmt: skip
 
 
@@ -128,6 +132,52 @@ class Maker:
         w |= self.layer("conv2", 16, 16, 1, 1, 1)
         return w | self.layer("conv1", 32, 32, 1, 1, 1) if encoder else w
 
+    def recurrent(self, kind: str, s: Mapping[str, Any]) -> Tensors:
+        n, d, flow = s["num_feat"], s["detail"], (8, *s["flow"], 2)
+        w = {"spynet.mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)}
+        w |= {"spynet.std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
+        for level in range(6):
+            for i in range(5):
+                at = f"spynet.basic_module.{level}.basic_module.{2 * i}"
+                w |= self.layer(at, flow[i + 1], flow[i], 7, 7)
+            w[f"{at}.weight"] *= 0.2  # coarse flow is doubled five times: a few pixels in all
+        coupled = kind == "iconvsr"
+        for trunk, c_in in (("backward_trunk", n + 3), ("forward_trunk", n + 3 + n * coupled)):
+            w |= self.layer(f"{trunk}.main.0", n, c_in, 3, 3)
+            w |= self._blocks(f"{trunk}.main.2", s["num_block"], n)
+        if coupled:
+            w |= self.layer("backward_fusion", n, 2 * n, 3, 3) | self.layer("forward_fusion", n, 2 * n, 3, 3)
+            w |= self.edvr(n, s["window"], s["edvr_blocks"], s["groups"])
+        else:
+            w |= self.layer("fusion", n, 2 * n, 1, 1)
+        w |= self.layer("upconv1", 4 * n, n, 3, 3) | self.layer("upconv2", 4 * d, n, 3, 3)
+        return w | self.layer("conv_hr", d, d, 3, 3) | self.layer("conv_last", 3, d, 3, 3)
+
+    def _blocks(self, at: str, count: int, n: int) -> Tensors:
+        layers = [f"{at}.{i}.conv{k}" for i in range(count) for k in (1, 2)]
+        return {name: t for layer in layers for name, t in self.layer(layer, n, n, 3, 3).items()}
+
+    def edvr(self, n: int, window: int, blocks: int, groups: int) -> Tensors:
+        w = self.layer("conv_first", n, 3, 3, 3) | self._blocks("feature_extraction", blocks, n)
+        single = ["conv_l2_1", "conv_l2_2", "conv_l3_1", "conv_l3_2", "fusion.temporal_attn1"]
+        single += ["fusion.temporal_attn2", "fusion.spatial_attn3", "fusion.spatial_attn5"]
+        single += ["fusion.spatial_attn_l3", "pcd_align.cas_offset_conv2", "pcd_align.offset_conv2.l3"]
+        single += ["pcd_align.offset_conv3.l1", "pcd_align.offset_conv3.l2"]
+        double = ["fusion.spatial_attn_l2", "pcd_align.cas_offset_conv1"]
+        double += [f"pcd_align.offset_conv{k}.l{i}" for k in (1, 2) for i in (1, 2, 3) if (k, i) != (2, 3)]
+        double += ["pcd_align.feat_conv.l1", "pcd_align.feat_conv.l2"]
+        points = {"feat_fusion": window, "spatial_attn1": window, "spatial_attn2": 2, "spatial_attn4": 1}
+        points |= {"spatial_attn_l1": 1, "spatial_attn_add1": 1, "spatial_attn_add2": 1}
+        for names, wide in ((single, 1), (double, 2)):
+            for name in names:
+                w |= self.layer(name, n, wide * n, 3, 3)
+        for name, wide in points.items():
+            w |= self.layer(f"fusion.{name}", n, wide * n, 1, 1)
+        for name in ("dcn_pack.l1", "dcn_pack.l2", "dcn_pack.l3", "cas_dcnpack"):
+            w |= self.layer(f"pcd_align.{name}", n, n, 3, 3)
+            w |= self.layer(f"pcd_align.{name}.conv_offset", 27 * groups, n, 3, 3)
+        return _behind("edvr", w)
+
     def video(self, *shape: int) -> Tensor:
         """`... F H W` in [-1,1]: soft shapes that change with time, and noise."""
         coarse = torch.rand(*shape[:-2], 4, 5, generator=self.generator)
@@ -171,6 +221,10 @@ def _inputs(kind: str, s: Mapping[str, Any], maker: Maker) -> Tensors:
     if kind == "wan_vae":
         video = maker.video(s["batch"], 3, s["frames"], s["height"], s["width"])
         return _behind("vae", maker.vae(s["vae_dim"])) | {"video": video}
+    if kind in ("basicvsr", "iconvsr"):
+        video = maker.video(s["batch"], 3, s["frames"], s["height"], s["width"])
+        frames = (video.transpose(1, 2) + 1) / 2
+        return _behind("model", maker.recurrent(kind, s)) | {"input_BNCHW": frames}
     tensors = _behind("dit", maker.dit(s)) | {"context": maker.normal(1, s["text_len"], s["text_dim"])}
     tensors |= _behind("lr_proj", maker.projector(s["hidden1"], s["hidden2"], s["dim"], s["layer_num"]))
     if s["decoder"] == "vae":
@@ -206,6 +260,6 @@ def write(
 ):
     """Saves a file, leaving out each output with the probability `without`."""
     drawn = random.Random(seed)
-    outputs = ("velocity", "mask", "final_cache", "full.", "stream.", "rgb", "decoded", "frame_")
+    outputs = ("velocity", "mask", "final_cache", "full.", "stream.", "rgb", "decoded", "frame_", "output_")
     kept = {n: t for n, t in tensors.items() if not any(o in n for o in outputs) or drawn.random() >= without}
     save_file({n: t.contiguous() for n, t in kept.items()}, path, dict(meta))
