@@ -5,12 +5,19 @@ from collections.abc import Iterable
 import torch
 
 from eval.metrics.lpips import Lpips, lpips_metric
+from eval.metrics.niqe import NIQE
 from eval.metrics.psnr import PSNR, PSNR_Y
-from eval.metrics.scoring import Metric, Suite
+from eval.metrics.scoring import Suite
 from eval.metrics.ssim import SSIM, SSIM_Y
+from eval.metrics.temporal import CHUNK_EDGE, CHUNK_EDGE_RATIO, TDIFF, TDIFF_RATIO, tlpips_metric
 from flashvsr.base.cli import UserError
 
-NAMES = ("psnr", "psnr_y", "ssim", "ssim_y", "lpips")
+_PLAIN = {
+    metric.key: metric
+    for metric in (PSNR, PSNR_Y, SSIM, SSIM_Y, NIQE, TDIFF, TDIFF_RATIO, CHUNK_EDGE, CHUNK_EDGE_RATIO)
+}
+_BY_LPIPS = {"lpips": lpips_metric, "tlpips": tlpips_metric}
+NAMES = (*_PLAIN, *_BY_LPIPS)
 
 
 def metrics_for(
@@ -31,16 +38,12 @@ def metrics_for(
         raise UserError(f"a border crop is 0 or more pixels, not {crop}")
     if len(set(names)) < len(names):
         raise UserError(f"a metric is named twice in {', '.join(names)}")
-    made: list[Metric] = []
-    for name in names:
-        if name not in NAMES:
-            raise UserError(f"unknown metric {name!r}; known are {', '.join(NAMES)}")
-        if name in ("lpips", "tlpips") and lpips is None:
-            lpips = Lpips()
-        made.append(_made(name, lpips.to(device) if lpips is not None else None))
-    return Suite(tuple(made), crop, device)
-
-
-def _made(name: str, lpips: Lpips | None) -> Metric:
-    plain = {metric.key: metric for metric in (PSNR, PSNR_Y, SSIM, SSIM_Y)}
-    return lpips_metric(lpips) if name == "lpips" else plain[name]
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise UserError(f"unknown metric {unknown[0]!r}; known are {', '.join(NAMES)}")
+    if lpips is None and not _BY_LPIPS.keys().isdisjoint(names):
+        lpips = Lpips()
+    if lpips is not None:
+        lpips = lpips.to(device)
+    metrics = [_PLAIN[name] if name in _PLAIN else _BY_LPIPS[name](lpips) for name in names]
+    return Suite(tuple(metrics), crop, device)

@@ -57,9 +57,9 @@ def mean(rows: Tensor) -> Values:
 class Metric:
     """One number per clip, and where it makes sense per frame.
 
-    `key` names it in files, `title` in tables; `higher` says whether more is better (None: neither);
-    `digits` are the decimals a table shows; `description` is implementation, version and colour space.
-    `measure` turns frames into rows, `n ...` on any device, the first stack of a temporal metric one fewer;
+    `key` names it in files, `title` in tables; `higher` says whether more is better, None that the best is
+    to be near `ideal`; `digits` are the decimals a table shows; `description` is implementation, version and
+    colour space. `measure` turns frames into rows, `n ...` on any device, the first stack of a temporal metric one fewer;
     `gather` turns the rows of the whole clip, on the CPU, into its Values.
     `least` is the smallest side of a frame in pixels, after the crop.
     """
@@ -73,6 +73,13 @@ class Metric:
     gather: Callable[[Tensor], Values] = mean
     needs_gt: bool = True
     least: int = 1
+    ideal: float | None = None
+
+    def rank(self, value: float) -> float:
+        """A number that is smaller where `value` is better."""
+        if self.higher is None:
+            return abs(value - self.ideal)
+        return -value if self.higher else value
 
 
 @dataclass(frozen=True)
