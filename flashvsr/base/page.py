@@ -78,17 +78,22 @@ class Page:
         self,
         rows: Sequence[Mapping[str, Any]],
         columns: Sequence[tuple[str, str, str | None]],
-        best: Mapping[str, Literal["max", "min"]] | None = None,
+        ranks: Mapping[str, Sequence[int | None]] | None = None,
         under: Mapping[str, str] | None = None,
     ) -> None:
         """A table with columns (key, title, format), a format being a spec such as ".2f" or None.
 
-        `best` marks the largest or smallest value of a column, ties included; where a single row has it and
-        three or more have a value, the second best is underlined, ties included. `under` names for a column
-        the key of a text that stands small under its value. A value that a row lacks is shown as a dash.
+        `ranks` holds, for a column, a rank per row: 1 is marked as the best, 2 underlined as the second.
+        `under` names for a column the key of a text that stands small under its value. A value that a row
+        lacks is shown as a dash.
         """
-        marks = {key: _marks(rows, key, kind) for key, kind in (best or {}).items()}
-        head = [(title, any(_is_number(row.get(key)) for row in rows)) for key, title, _ in columns]
+        marks = {
+            key: [{1: "best", 2: "second"}.get(r, "") for r in own] for key, own in (ranks or {}).items()
+        }
+        head = [
+            (title, key in marks or any(_is_number(row.get(key)) for row in rows))
+            for key, title, _ in columns
+        ]
         body = [
             [
                 (
@@ -337,19 +342,6 @@ def _histogram(title: str, values: Sequence[float], mark: float | None) -> tuple
     marks = [(x, anchor, f"{least + x / 300 * (most - least):.4g}") for x, anchor in ends]
     line = None if mark is None else round(300 * (mark - least) / (most - least), 1)
     return f"{title} ({len(known):,})", bars, marks, line
-
-
-def _marks(rows: Sequence[Mapping[str, Any]], key: str, kind: Literal["max", "min"]) -> list[str]:
-    """For each row "best", "second" or nothing; NaN and what is no number take no part."""
-    values = [row.get(key) for row in rows]
-    known = [v for v in values if _is_number(v) and not math.isnan(v)]
-    if not known:
-        return [""] * len(rows)
-    order = sorted(set(known), reverse=kind == "max")
-    names = {order[0]: "best"}
-    if len(order) > 1 and len(known) > 2 and known.count(order[0]) == 1:
-        names[order[1]] = "second"
-    return [names.get(v, "") if _is_number(v) else "" for v in values]
 
 
 def _is_number(value: Any) -> bool:

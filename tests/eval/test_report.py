@@ -1,69 +1,80 @@
-"""The files of an evaluation say the numbers that went in, and the page stands alone."""
+"""The page says every number of an evaluation, marks the best, shows the frames it names and stands alone."""
 
-import csv
+import base64
+import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-from eval.datasets import open_test_set
-from eval.methods import Method
-from eval.report import verdict, write_report
-from eval.results import collect, mean_score, write_results
-from eval.runner import Outcome, Panel, Score
+from eval.report import write_report
+from eval.report.numbers import verdict
+from eval.report.pictures import Budget, side_by_side
+from eval.results import interval
 from eval.training_log import read_run, smooth
-
-SCORES = [
-    Score("bicubic", "alpha", 5, 25.0, 0.81, 0.30, 0.001),
-    Score("bicubic", "beta", 11, 27.5, 0.79, 0.20, 0.002),
-    Score("ours", "alpha", 5, 24.0, 0.85, 0.35, 0.1),
-    Score("ours", "beta", 11, 26.0, 0.75, 0.25, 0.3),
-]
-METHODS = [
-    Method("bicubic", "bicubic", "bicubic", None, {}),
-    Method("ours", "runs/x/export,decoder=vae", "model", None, {"decoder": "vae"}),
-]
-IN_USE = {"bicubic": {}, "ours": {"decoder": "vae", "attention": "gather"}}
-
-
-class NamedLpips:
-    """What `collect` needs to know of an Lpips."""
-
-    name, description = "lpips-random", "LPIPS-random (alex, trunk drawn with seed 0, heads v0.1)"
+from flashvsr.base.page import Page
+from tests.eval.made_up import CLIPS, HEIGHT, METHODS, METRICS, NUMBERS, WIDTH, make_up, picture
 
 
 class PageReader(HTMLParser):
-    """Texts of headings and paragraphs, rows of tables, and every address a browser would open."""
+    """Rows of tables as (text, class), headings and other texts, images, and every address opened."""
 
     def __init__(self, html: str):
         super().__init__()
-        self.rows, self.texts, self.addresses, self.open = [], [], [], ""
+        self.rows, self.texts, self.images, self.addresses, self.open = [], [], [], [], []
+        self.summaries: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        self.open = tag
+        values = dict(attrs)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append(["", values.get("class") or ""])
+        if tag == "img" and values.get("src"):
+            self.images.append((values["alt"], values["src"]))
         self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset") and value]
         if tag in ("link", "iframe"):
             self.addresses.append(tag)
 
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
     def handle_data(self, data):
-        if self.open in ("td", "th") and data.strip():
-            self.rows[-1].append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1][0] += f"{data} " if "small" not in self.open else f"[{data}]"
+        elif "summary" in self.open:
+            self.summaries.append(data)
         elif data.strip():
             self.texts.append(data)
 
+    def cells(self) -> list[list[str]]:
+        return [[text.strip() for text, _ in row] for row in self.rows]
+
+
+def decoded(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    return make_up(tmp_path_factory.mktemp("frames"))
+
+
+@pytest.fixture(scope="session")
+def html(made, tmp_path_factory):
+    return write_report(tmp_path_factory.mktemp("run"), made, quiet=True).read_text()
+
 
 @pytest.fixture
-def evaluation(test_folder):
-    test_set = open_test_set(test_folder)
-    return collect(
-        "demo", test_set, METHODS, Outcome(SCORES, in_use=IN_USE), NamedLpips(), "cpu", torch.float32
-    )
+def evaluation(made):
+    return json.loads(json.dumps(made))
 
 
 def write_log(folder, losses, expect):
@@ -78,87 +89,172 @@ def write_log(folder, losses, expect):
     (folder / "config.yaml").write_text(f"expect: {expect}\nsteps: 4\n")
 
 
-def panel():
-    pictures = {
-        name: np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-        for i, name in enumerate(["LR", "bicubic", "ours", "HR"])
+def test_every_method_clip_and_metric_is_there_with_its_interval(html):
+    page = PageReader(html)
+    rows = page.cells()
+    assert ["bicubic", "26.00 [25.00 to 27.00]", "0.4000 [0.3000 to 0.5000]", "7.500 [7.000 to 8.000]",
+            "1.000 [1.000 to 1.000]", "0.0020", "0.002"] in rows  # fmt: skip
+    assert ["ours", "6.500", "0.4000", "0.400"] in rows  # the set without GT has one metric, one clip
+    assert ["theirs <b>", "24.50", "0.2500", "6.000", "–", "–", "–"] in rows  # a clip's own table
+    for (dataset, clip), numbers in NUMBERS.items():
+        assert f"{clip}, {CLIPS[dataset][clip]} frames" in page.summaries
+        titles = [m["title"] for m in METRICS if m["key"] in numbers]
+        head = next(row for row in rows if row[0] == clip)
+        assert [h.split()[0] for h in head[1 : 1 + len(titles)]] == titles
+    # One mark per method and clip in every dot plot, values in full.
+    for key, title in (("psnr", "PSNR"), ("niqe", "NIQE")):
+        values = [v for numbers in NUMBERS.values() for v in numbers.get(key, [])]
+        for value in values:
+            assert f": {value:.6g}</title>" in html, (title, value)
+    text = " ".join(" ".join(page.texts).split())
+    assert "tLP: change" in text and "LQ by preset realbasicvsr, seed 3" in text
+    assert "edge of theirs <b>: the clip stands still" in text
+    assert "Without a time, so not drawn: theirs <b>" in text
+
+
+def test_the_best_is_marked_the_second_underlined_and_ties_share(html):
+    rows = {tuple(row[0][0].split()): row for row in reversed(PageReader(html).rows)}
+    marks = {
+        name: [kind.replace("num", "").strip() for _, kind in rows[tuple(name.split())][1:]]
+        for name in METHODS
     }
-    return Panel("alpha", 2, pictures)
+    assert marks["bicubic"] == ["second", "second", "", "", "best", "best"]
+    assert marks["ours"] == ["", "best", "best", "", "second", "second"]
+    assert marks["theirs <b>"] == ["best", "best", "second", "", "", ""]  # edge has no better direction
+    assert html.count("<u>26.00</u>") == 1
 
 
-def test_means_count_clips_once_and_frames_for_time():
-    mean = mean_score("ours", SCORES)
-    assert (mean.psnr, mean.frames) == (25.0, 16)
-    assert mean.ssim == pytest.approx(0.80) and mean.lpips == pytest.approx(0.30)
-    assert mean.seconds_per_frame == pytest.approx((5 * 0.1 + 11 * 0.3) / 16)
+def test_published_numbers_stand_apart_and_are_never_ranked(html):
+    page = PageReader(html)
+    at = next(i for i, row in enumerate(page.cells()) if row[0] == "BasicVSR")
+    assert page.cells()[at][1] == "31.4170" and {kind for _, kind in page.rows[at]} == {"", "num"}
+    assert any("not comparable with ours" in text for text in page.texts)
 
 
-def test_json_csv_and_markdown_hold_the_same_numbers(evaluation, tmp_path):
-    write_results(tmp_path, evaluation)
-    stored = json.loads((tmp_path / "eval.json").read_text())
-    assert [Score(**row) for row in stored["scores"]] == SCORES
-    protocol = stored["protocol"]
-    assert (protocol["colour_space"], protocol["scale"], protocol["lpips_name"]) == ("RGB", 4, "lpips-random")
-    assert protocol["clips"][1] == {"name": "beta", "frames": 11, "height": 96, "width": 128}
-    assert stored["methods"][1]["in_use"] == IN_USE["ours"]
-    assert stored["machine"]["torch"] == torch.__version__
-
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["psnr"]) for row in rows] == [26.25, 25.0, 25.0, 27.5, 24.0, 26.0]
-    assert rows[2]["lpips-random"] == "0.3" and rows[0]["clip"] == "mean"
-    markdown = (tmp_path / "results.md").read_text()
-    assert "| bicubic | **26.25** | **0.8000** | **0.2500** | **0.0017** |" in markdown
-    assert "| ours | beta | 26.00 | 0.7500 | 0.2500 | 0.3000 |" in markdown
+def test_metrics_over_frames_are_drawn_where_they_lie(html):
+    fold = html.split("<summary>alpha, 8 frames</summary>")[1].split("</details>")[0]
+    charts = fold.split('<svg class="chart"')[1:]
+    assert [re.search('aria-label="([^ "]+)', c)[1] for c in charts] == ["PSNR", "tLP"]
+    lines = re.findall(r'points="([^"]+)"', charts[0])
+    assert [len(line.split()) for line in lines] == [8, 8, 8]
+    xs, ys = zip(*(map(float, p.split(",")) for p in lines[0].split()), strict=True)
+    assert np.diff(xs) == pytest.approx([np.diff(xs)[0]] * 7, abs=0.11) and max(np.diff(ys)) < 0  # it rises
+    temporal = re.findall(r'points="([^"]+)"', charts[1])
+    assert [len(line.split()) for line in temporal] == [7, 7, 7]
+    assert float(temporal[0].split(",")[0]) == pytest.approx(xs[1], abs=0.11)  # begins at the second frame
 
 
-def test_infinite_psnr_stays_readable(evaluation, tmp_path):
-    evaluation["means"][0]["psnr"] = float("inf")
-    write_results(tmp_path, evaluation)
-    assert json.loads((tmp_path / "eval.json").read_text())["means"][0]["psnr"] == "inf"
-    assert "| bicubic | **∞** |" in (tmp_path / "results.md").read_text()
+def test_quality_is_drawn_over_time_on_a_logarithmic_axis(html):
+    assert html.count("seconds per frame</text>") == len(METRICS) + 1
+    assert "<title>bicubic: 0.002, 26</title>" in html and "<title>ours: 0.4, 25</title>" in html
 
 
-def test_the_page_says_the_numbers_and_opens_nothing_else(evaluation, tmp_path):
+def test_pictures_are_the_frames_named_and_slices_their_rows(html):
+    images = PageReader(html).images
+    names = [name for name, _ in images]
+    for frame in (1, 4, 6):
+        for pane in ("LR", *METHODS, "HR"):
+            of_beta = frame == 4  # of five frames: 0, 2, 4
+            assert names.count(f"{pane}, frame {frame}") == (1 if pane == "HR" else 2) + of_beta
+    by_name = {name: uri for name, uri in reversed(images)}
+    assert np.array_equal(decoded(by_name["LR, frame 4"]), picture(0, 4)[::4, ::4])
+    shown, real = decoded(by_name["ours, frame 6"]).astype(int), picture(2, 6).astype(int)
+    assert np.abs(shown - real).mean() < 1 and np.abs(shown - picture(2, 4).astype(int)).mean() > 3
+    slices = [(name, uri) for name, uri in images if "x-t slice: row 40, columns 0 to 95" in name]
+    assert len([name for name, _ in slices if name.startswith("HR")]) == 2
+    whole = next(uri for name, uri in slices if name.startswith("ours") and name.endswith("frames 0 to 7"))
+    assert np.array_equal(decoded(whole), np.stack([picture(2, i)[40] for i in range(8)]))
+    low = next(uri for name, uri in slices if name.startswith("LR") and name.endswith("frames 0 to 7"))
+    assert np.array_equal(decoded(low), np.stack([picture(0, i)[40, ::4] for i in range(8)]))
+    # What is seen first is a quarter of the frame around the busy place at row 32, column 48.
+    zoom, x, y = (float(v) for v in re.search(r'data-view="([^"]+)"', html)[1].split())
+    assert zoom == 4 and x * WIDTH <= 48 and (x + 1 / 4) * WIDTH >= 64
+    assert y * HEIGHT == 32 and (y + 1 / 4) * HEIGHT == 48
+
+
+def test_large_frames_show_a_window_and_the_page_keeps_its_budget(evaluation, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.report.pictures._WINDOW", (32, 48))
+    page = Page("p")
+    side_by_side(page, evaluation, Budget(left=60_000), quiet=True)
+    page.save(tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text()
+    first = PageReader(text)
+    shapes = [decoded(uri).shape for name, uri in first.images if "frame 4" in name and "lab" not in name][:5]
+    assert shapes == [(8, 12, 3), *[(32, 48, 3)] * 4]
+    said = " ".join(first.texts)
+    assert "The busiest 48x32 pixels" in said
+    assert re.search(r"Left out, to keep the page small: (field, gamma; )?lab, beta\.", said)
+
+
+def test_frames_that_are_gone_are_named_not_drawn(evaluation, tmp_path):
+    copy = tmp_path / "alpha"
+    shutil.copytree(evaluation["scores"][0]["output"], copy)
+    evaluation["scores"][0]["output"] = str(copy)
+    for file in copy.iterdir():
+        file.unlink()
+    page = PageReader(write_report(tmp_path, evaluation, quiet=True).read_text())
+    assert re.search("Not shown, their frames cannot be read: lab, alpha: ", " ".join(page.texts))
+    assert "bicubic, frame 4" in [name for name, _ in page.images]  # of the other set
+
+
+def test_the_page_stands_alone_and_the_same_input_gives_the_same_bytes(html, made, tmp_path):
+    assert all(a.startswith("data:image/") for a in PageReader(html).addresses)
+    assert "url(" not in html and "@import" not in html and not re.search(r"https?://", html)
+    assert write_report(tmp_path, made, quiet=True).read_text() == html
+
+
+def test_the_training_behind_the_numbers_is_told(evaluation, tmp_path):
     write_log(tmp_path / "vae", [2.0, 1.0, 0.5, 0.5], expect=0.4)
     write_log(tmp_path / "stage1", [1.0, 1.0, 0.9], expect=0.75)
-    path = write_report(tmp_path, evaluation, [panel()])
-    page = PageReader(path.read_text())
-    assert path == tmp_path / "report.html"
-    assert all(a.startswith("data:image/") for a in page.addresses)
-    assert "url(" not in path.read_text()
-
-    assert ["bicubic", "26.25", "0.8000", "0.2500", "0.0017"] in page.rows
-    assert ["ours", "24.00", "0.8500", "0.3500", "0.1000"] in page.rows
-    assert ["VAE", "4", "2.0", "2", "0.5", "0.250", "0.4", "yes"] in page.rows
-    assert ["Stage 1: teacher", "3", "1.5", "1", "0.9", "0.900", "0.75", "no"] in page.rows
-    assert ["VAE", "11.00 → 17.50 (26.00)"] in page.rows
+    page = PageReader(write_report(tmp_path, evaluation, quiet=True).read_text())
+    assert ["VAE", "4", "2.0", "2", "0.5", "0.250", "0.4", "yes"] in page.cells()
+    assert ["Stage 1: teacher", "3", "1.5", "1", "0.9", "0.900", "0.75", "no"] in page.cells()
+    assert ["VAE", "11.00 → 17.50 (26.00)"] in page.cells()
     text = " ".join(" ".join(page.texts).split())
-    assert (
-        "2 clips (alpha, beta), 5 to 11 frames each, 128x96, x4; LQ as found (no prepare.json); RGB" in text
-    )
-    assert "4 minutes of training from scratch do not beat bicubic in PSNR, SSIM or lpips-random" in text
-    assert "ours: runs/x/export,decoder=vae ; decoder vae; attention gather" in text
+    assert "ours: ours ; decoder vae" in text
     assert "Stage 3: one-step student: no stage3/metrics.jsonl" in text
-    assert len([a for a in page.addresses if "png" in a]) == 2 * 4 and re.search(r"alpha, frame 2", text)
 
 
-def test_an_empty_run_folder_gives_a_page_that_says_so(evaluation, tmp_path):
-    text = " ".join(PageReader(write_report(tmp_path, evaluation, []).read_text()).texts)
-    assert "holds no training record" in text and "No pictures were kept" in text
-    assert "None of these methods beats bicubic in PSNR, SSIM or lpips-random." in text
+def test_a_run_without_training_says_so(html):
+    assert "holds no training record" in " ".join(PageReader(html).texts)
 
 
-def test_the_verdict_follows_the_numbers(evaluation):
-    evaluation["means"][1].update(psnr=30.0, ssim=0.7, lpips=0.1)
-    assert verdict(evaluation, []) == [
-        "None of these methods beats bicubic in SSIM.",
-        "ours beats bicubic in PSNR and lpips-random, not in SSIM.",
+def set_means(evaluation, method, **values):
+    row = next(r for r in evaluation["means"] if r["method"] == method)
+    row["values"] = {key: interval([value]) for key, value in values.items()}
+
+
+def test_the_verdict_follows_the_numbers(evaluation, tmp_path):
+    evaluation["datasets"] = evaluation["datasets"][:1]
+    evaluation["means"] = [r for r in evaluation["means"] if r["dataset"] == "lab"][:2]
+    set_means(evaluation, "bicubic", psnr=30.0, tlp=0.5, niqe=7.0, edge=1.0)
+    set_means(evaluation, "ours", psnr=29.0, tlp=0.6, niqe=7.0, edge=1.0)
+    assert verdict(evaluation, []) == ["None of these methods beats bicubic in PSNR, tLP or NIQE."]
+    write_log(tmp_path / "vae", [2.0, 1.0, 0.5, 0.5], expect=0.4)
+    write_log(tmp_path / "stage1", [1.0, 1.0, 0.9, 0.9], expect=0.75)
+    logs, _ = read_run(tmp_path)
+    assert verdict(evaluation, logs) == [
+        "4 minutes of training from scratch do not beat bicubic in PSNR, tLP or NIQE: this page proves the "
+        "road, not quality."
     ]
-    evaluation["means"][1].update(ssim=0.9)
-    assert verdict(evaluation, []) == ["ours beats bicubic in PSNR, SSIM and lpips-random."]
+    set_means(evaluation, "ours", psnr=31.0, tlp=0.4, niqe=8.0, edge=9.0)
+    assert verdict(evaluation, []) == [
+        "None of these methods beats bicubic in NIQE.",
+        "ours beats bicubic in PSNR and tLP, not in NIQE.",
+    ]
+    set_means(evaluation, "ours", psnr=31.0, tlp=0.4, niqe=6.0, edge=9.0)
+    assert verdict(evaluation, []) == ["ours beats bicubic in PSNR, tLP and NIQE."]
     evaluation["methods"][0]["kind"] = "outputs"
     assert verdict(evaluation, []) == []
+
+
+def test_the_verdict_names_the_set_where_there_are_several(evaluation):
+    assert verdict(evaluation, []) == [
+        "ours beats bicubic on lab in tLP and NIQE, not in PSNR.",
+        "theirs <b> beats bicubic on lab in PSNR, tLP and NIQE.",
+        "ours beats bicubic on field in NIQE.",
+        "theirs <b> beats bicubic on field in NIQE.",
+    ]
 
 
 def test_a_damaged_or_partial_log_is_read_as_far_as_it_goes(tmp_path):

@@ -73,38 +73,24 @@ def test_the_page_needs_nothing_else(tmp_path):
 def test_the_table_marks_the_best(tmp_path):
     rows = [
         {"name": "bicubic", "psnr": 25.0, "lpips": 0.5, "n": 3},
-        {"name": "ours", "psnr": 27.126, "lpips": 0.25},
+        {"name": "ours", "psnr": 27.126, "lpips": 0.25, "span": "27 to <28>"},
         {"name": "theirs", "psnr": float("inf"), "lpips": 0.25, "n": None},
     ]
     page = Page("t")
     page.table(
         rows,
         [("name", "Method", None), ("psnr", "PSNR", ".2f"), ("lpips", "LPIPS", ".3f"), ("n", "N", "d")],
-        best={"psnr": "max", "lpips": "min"},
+        ranks={"psnr": [None, 2, 1], "lpips": [None, 1, 1]},
+        under={"psnr": "span"},
     )
-    _, seen = _saved(page, tmp_path)
+    html, seen = _saved(page, tmp_path)
+    assert '<td class="num second"><u>27.13</u><small>27 to &lt;28&gt;</small></td>' in html
     texts = [text for _, text in seen.cells]
-    assert texts[:8] == ["bicubic", "25.00", "0.500", "3", "ours", "27.13", "0.250", "–"]
+    assert texts[:8] == ["bicubic", "25.00", "0.500", "3", "ours", "27.1327 to <28>", "0.250", "–"]
     assert texts[9] == "∞"
     assert [i for i, (kind, _) in enumerate(seen.cells) if "best" in kind] == [6, 9, 10]
-    assert [i for i, (kind, _) in enumerate(seen.cells) if "second" in kind] == [5]  # the tie has no second
+    assert [i for i, (kind, _) in enumerate(seen.cells) if "second" in kind] == [5]
     assert ["num" in kind for kind, _ in seen.cells[:4]] == [False, True, True, True]
-
-
-def test_second_best_needs_three_values_and_a_best_alone(tmp_path):
-    def marks(values, kind):
-        page = Page("t")
-        rows = [{"v": v, "ci": f"{v} ± 1"} for v in values]
-        page.table(rows, [("v", "V", ".1f")], best={"v": kind}, under={"v": "ci"})
-        _, seen = _saved(page, tmp_path)
-        assert seen.cells[0][1] == f"{values[0]:.1f}{values[0]} ± 1"
-        return [kind.replace("num", "").strip() for kind, _ in seen.cells]
-
-    assert marks([1.0, 3.0, 2.0, 2.0], "max") == ["", "best", "second", "second"]
-    assert marks([1.0, 3.0, 2.0, 2.0], "min") == ["best", "", "second", "second"]
-    assert marks([3.0, 3.0, 2.0], "max") == ["best", "best", ""]
-    assert marks([1.0, 2.0], "max") == ["", "best"]
-    assert marks([1.0, float("nan"), 2.0, 1.5], "max") == ["", "", "best", "second"]
 
 
 def test_compare_shows_whole_pictures_and_the_same_place_enlarged(tmp_path):
