@@ -1,11 +1,16 @@
 """Held-out clips, judged by the functions of `eval` and through the methods that serve inference.
 
-Every validation uses the same clips and the same draws, so that two values of one run compare.
+Every validation uses the same clips and the same draws, so that two values of one run compare. Ranks share
+the clips, with as many calls on each (some do one again), and every number is the same for any of them.
+
+What was judged lies losslessly in samples/, as a test set with its outputs: GT/, LQ/ and SR/ (of the last
+validation), so that `python -m eval --method sr=samples/SR --data samples` gives the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics import psnr, ssim
+from eval.metrics import metrics_for
 from flashvsr.base.draws import Draw
 from flashvsr.base.files import atomic
 from flashvsr.base.resize import bicubic_8bit
+from flashvsr.base.video_io import VideoWriter, read_frames
+from train.launch import World
 
 if TYPE_CHECKING:
     from train.stages.shared import Stage
 
 VALIDATION_STEP = -1  # the step of all validation draws
+METRICS = ("psnr", "ssim", "lpips", "tdiff", "chunk_edge_ratio")
+FPS = 10  # of the videos: slow enough to see what flickers
+SHOWN = (480, 640)  # at most so much of the middle of a frame stands in a video, at its own resolution
 
 
 def run_method(method: Any, sample: Mapping[str, Any]) -> Tensor:
@@ -32,77 +42,152 @@ def run_method(method: Any, sample: Mapping[str, Any]) -> Tensor:
     return sr[: len(frames) - 4]
 
 
+def shares(count: int, world: World) -> Iterator[tuple[int, bool]]:
+    """This rank's items of `count`, as many as every other rank's; False for those that another one owns."""
+    for first in range(0, count, world.size):
+        index = first + world.rank
+        yield index % count, index < count
+
+
+def gathered(
+    rows: Mapping[int, Mapping[str, float | None]], names: Sequence[str], count: int, world: World
+) -> dict[str, float]:
+    """Means over `count` items of the numbers of which each rank has its own rows; without those that are
+    not defined (None). All ranks call it."""
+    table = torch.zeros(count, len(names), dtype=torch.float64)
+    for index, row in rows.items():
+        values = [math.nan if row[name] is None else row[name] for name in names]
+        table[index] = torch.tensor(values, dtype=torch.float64)
+    means = world.all_reduce_sum(table).nanmean(0).tolist()  # one rank fills each row: nothing is rounded
+    return {name: value for name, value in zip(names, means, strict=True) if not math.isnan(value)}
+
+
 class Validation:
     """The held-out clips of a stage, loaded once."""
 
     def __init__(self, stage: Stage):
-        self.stage = stage
+        self.stage, self.folder = stage, stage.config.stage_dir / "samples"
+        d = stage.config.data
+        self.count, self.shown = d.val_slots, min(d.val_pictures, d.val_slots)
         clips = stage.feed.clips("val")
-        self.samples = [clips.sample(i) for i in range(stage.config.data.val_slots)]
-        self.lpips = stage.lpips
+        self.samples = {
+            i: clips.sample(i)
+            for count in (self.count, self.shown)
+            for i, _ in shares(count, stage.world)
+        }  # fmt: skip
+        self.suite = metrics_for(METRICS if self.shown else (), device=stage.device, lpips=stage.lpips)
+        self.names = [metric.key for metric in self.suite.metrics]
         self.bicubic = self._bicubic()
 
     @torch.no_grad()
     def __call__(self, step: int) -> tuple[dict[str, float], dict[str, Path]]:
-        """val/loss, val/psnr, ... of the live model, bicubic's beside them; writes a picture."""
-        stage, losses, frames = self.stage, [], []
+        """val/loss, val/psnr, ... of the live model, bicubic's beside them; pictures and videos by name."""
+        stage, world = self.stage, self.stage.world
         modes = {name: engine.module.training for name, engine in stage.roles.items()}
         for engine in stage.roles.values():
             engine.module.eval()
-        for i, sample in enumerate(self.samples):
-            draw = Draw(stage.config.seed, VALIDATION_STEP, [i])
-            micro = {"segments": [{k: v[None] for k, v in s.items()} for s in sample["segments"]]}
-            losses.append(stage.held_out(self._inputs(micro, draw), draw))
-            if i < stage.config.data.val_pictures:
-                frames.append(stage.upscaled(sample))
+        losses, scores = {}, {}
+        for i, own in shares(self.count, world):
+            loss = self._loss(i)
+            if own:
+                losses[i] = {"loss": loss}
+        for i, own in shares(self.shown, world):
+            sr = stage.upscaled(self.samples[i])
+            if own:
+                scores[i] = self._scores(i, sr)
+                write_frames(self.folder / "SR" / _name(i), sr)
+                self._video(self.folder / _media(step, i), i, sr)
         for name, engine in stage.roles.items():
             engine.module.train(modes[name])
-        media = {"picture": self._picture(step, frames)} if stage.world.is_main else {}
-        record = {"val/loss": torch.cat(losses).mean().item()}
-        return record | {f"val/{k}": v for k, v in self._scores(frames).items()} | self.bicubic, media
+        record = gathered(losses, ["loss"], self.count, world)
+        record |= gathered(scores, self.names, self.shown, world)
+        record = {f"val/{name}": value for name, value in record.items()} | self.bicubic
+        world.barrier()  # the frames of all ranks are there
+        return record, self._picture(step) if world.is_main and self.shown else {}
 
-    def _inputs(self, micro: Mapping[str, Any], draw: Draw) -> Any:
-        """Whole held-out clips: as training prepares them, but never cropped."""
-        stage = self.stage
-        return (
-            stage.feed.inputs(micro, segments=1) if stage.frozen_vae is None else stage.prepare(micro, draw)
-        )
+    def _loss(self, index: int) -> float:
+        """Of a whole held-out clip: prepared as in training, but never cropped."""
+        stage, sample = self.stage, self.samples[index]
+        draw = Draw(stage.config.seed, VALIDATION_STEP, [index])
+        micro = {"segments": [{k: v[None] for k, v in s.items()} for s in sample["segments"]]}
+        if stage.frozen_vae is None:
+            inputs = stage.feed.inputs(micro, segments=1)
+        else:
+            inputs = stage.prepare(micro, draw)
+        return stage.held_out(inputs, draw).item()
 
-    def _hr(self, sample: Mapping[str, Any]) -> Tensor:
-        hr = sample["segments"][0]["hr"].permute(1, 2, 3, 0)
+    def _hr(self, index: int) -> Tensor:
+        hr = self.samples[index]["segments"][0]["hr"].permute(1, 2, 3, 0)
         return hr[: hr.shape[0] - 4]
 
-    def _scores(self, frames: Sequence[Tensor]) -> dict[str, float]:
-        scores: dict[str, list[float]] = {"psnr": [], "ssim": [], self.lpips.name: []}
-        for sample, sr in zip(self.samples, frames, strict=False):
-            hr = self._hr(sample)
-            scores["psnr"].append(psnr(sr, hr))
-            scores["ssim"].append(ssim(sr, hr))
-            scores[self.lpips.name].append(self.lpips.clip(sr, hr))
-        return {name: sum(values) / len(values) for name, values in scores.items()}
+    def _lr(self, index: int) -> Tensor:
+        lr = self.samples[index]["segments"][0]["lr"].permute(1, 2, 3, 0)
+        return lr[: lr.shape[0] - 4]
+
+    def _scores(self, index: int, sr: Tensor) -> dict[str, float | None]:
+        clip = self.suite.start()
+        clip.push(sr, self._hr(index))
+        return {name: values.clip for name, values in clip.finish().items()}
 
     def _bicubic(self) -> dict[str, float]:
-        frames = []
-        for sample in self.samples[: self.stage.config.data.val_pictures]:
-            segment = sample["segments"][0]
-            up = bicubic_8bit(segment["lr"], tuple(segment["hr"].shape[-2:]))
-            frames.append(up.permute(1, 2, 3, 0)[: up.shape[1] - 4])
-        return {f"bicubic/{name}": value for name, value in self._scores(frames).items()}
+        """Scores of bicubic enlargement; writes the clips that are shown."""
+        scores = {}
+        for i, own in shares(self.shown, self.stage.world):
+            if own:
+                lr, hr = self._lr(i), self._hr(i)
+                up = bicubic_8bit(lr.movedim(-1, 1), tuple(hr.shape[1:3])).movedim(1, -1)
+                scores[i] = self._scores(i, up)
+                write_frames(self.folder / "GT" / _name(i), hr)
+                write_frames(self.folder / "LQ" / _name(i), lr)
+        means = gathered(scores, self.names, self.shown, self.stage.world)
+        return {f"bicubic/{name}": value for name, value in means.items()}
 
-    def _picture(self, step: int, frames: Sequence[Tensor]) -> Path:
-        """LR (enlarged) | SR | HR of each clip's middle frame, as samples/step-NNNNNN.png."""
+    def _video(self, path: Path, index: int, sr: Tensor) -> None:
+        """LR (enlarged) | SR | HR, the middle of the frames."""
+        hr, lr = self._hr(index), self._lr(index)
+        top, left = (max((side - most) // 2, 0) for side, most in zip(hr.shape[1:3], SHOWN, strict=True))
+        parts = [x[:, top : top + SHOWN[0], left : left + SHOWN[1]] for x in (enlarged(lr, hr), sr.cpu(), hr)]
+        frames = torch.cat(parts, 2).numpy()
+        with VideoWriter(path, FPS, *frames.shape[1:3], crf=18) as video:
+            video.write(frames)
+
+    def _picture(self, step: int) -> dict[str, Path]:
+        """LR (enlarged) | SR | HR of every shown clip's middle frame as samples/step-NNNNNN.png; that and the
+        videos, by name."""
         from PIL import Image
 
-        rows = []
-        for sample, sr in zip(self.samples, frames, strict=False):
-            hr, middle = self._hr(sample), sr.shape[0] // 2
-            scale = hr.shape[1] // sample["segments"][0]["lr"].shape[2]
-            lr = sample["segments"][0]["lr"].permute(1, 2, 3, 0)[middle]
-            big = lr.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-            rows.append(torch.cat([big, sr[middle], hr[middle]], 1))
-        folder = self.stage.config.stage_dir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step:06d}.png"
+        rows, media = [], {}
+        for i in range(self.shown):
+            lr, sr, hr = (self._middle(side, i) for side in ("LQ", "SR", "GT"))
+            rows.append(torch.cat([enlarged(lr, hr), sr, hr], 2)[0])
+            media[f"video/{_name(i)}"] = self.folder / _media(step, i)
+        path = self.folder / f"step-{step:06d}.png"
         with atomic(path) as part:
             Image.fromarray(torch.cat(rows).numpy()).save(part, format="PNG")
-        return path
+        return {"picture": path, **media}
+
+    def _middle(self, side: str, index: int) -> Tensor:
+        """The middle frame of a clip that some rank wrote, `1 H W 3`."""
+        frames = 4 * self.stage.config.data.latents_per_clip - 3
+        (frame,) = read_frames(self.folder / side / _name(index), start=frames // 2, count=1)
+        return torch.from_numpy(frame)[None]
+
+
+def enlarged(lr: Tensor, hr: Tensor) -> Tensor:
+    """LR frames at HR's size, pixel by pixel, `F H W 3`."""
+    scale = hr.shape[1] // lr.shape[1]
+    return lr.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def write_frames(folder: Path, frames: Tensor) -> None:
+    """uint8 `F H W 3` as PNG files; an older clip in its place goes."""
+    with VideoWriter(f"{folder}/", FPS, *frames.shape[1:3]) as writer:
+        writer.write(frames.cpu().numpy())
+
+
+def _name(index: int) -> str:
+    return f"clip-{index}"
+
+
+def _media(step: int, index: int) -> str:
+    return f"step-{step:06d}-{_name(index)}.mp4"
