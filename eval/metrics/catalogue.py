@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 import torch
 
+from eval.metrics.flow import LUCAS_KANADE, Flow, raft
 from eval.metrics.lpips import Lpips, lpips_metric
 from eval.metrics.niqe import NIQE
 from eval.metrics.psnr import PSNR, PSNR_Y
 from eval.metrics.scoring import Suite
 from eval.metrics.ssim import SSIM, SSIM_Y
 from eval.metrics.temporal import CHUNK_EDGE, CHUNK_EDGE_RATIO, TDIFF, TDIFF_RATIO, tlpips_metric
+from eval.metrics.warping import warping_metrics
 from flashvsr.base.cli import UserError
 
 _PLAIN = {
@@ -17,7 +19,8 @@ _PLAIN = {
     for metric in (PSNR, PSNR_Y, SSIM, SSIM_Y, NIQE, TDIFF, TDIFF_RATIO, CHUNK_EDGE, CHUNK_EDGE_RATIO)
 }
 _BY_LPIPS = {"lpips": lpips_metric, "tlpips": tlpips_metric}
-NAMES = (*_PLAIN, *_BY_LPIPS)
+_BY_FLOW = ("ewarp", "ewarp_delta")
+NAMES = (*_PLAIN, *_BY_LPIPS, *_BY_FLOW)
 
 
 def metrics_for(
@@ -26,11 +29,14 @@ def metrics_for(
     crop: int = 0,
     device: str | torch.device = "cpu",
     lpips: Lpips | None = None,
+    flow: str | Flow = "lk",
 ) -> Suite:
     """The metrics of these names (`NAMES`), in this order, on `device`, after cropping `crop` pixels off each
     side. `lpips` is a network already there; without it one is built as `Lpips()` when a name needs it.
+    `flow` is what the warping errors follow motion by: "lk", "raft" or one's own.
 
-    A key of the result may differ from its name: "lpips" without weights is `lpips-random`.
+    A key of the result may say more than its name: "lpips" without weights gives `lpips-random`, "ewarp"
+    gives `ewarp-lk`.
     Raises UserError for an unknown or repeated name, a negative crop, a missing package or missing weights.
     """
     names = list(names)
@@ -45,5 +51,16 @@ def metrics_for(
         lpips = Lpips()
     if lpips is not None:
         lpips = lpips.to(device)
-    metrics = [_PLAIN[name] if name in _PLAIN else _BY_LPIPS[name](lpips) for name in names]
-    return Suite(tuple(metrics), crop, device)
+    known = dict(_PLAIN)
+    known |= {name: _BY_LPIPS[name](lpips) for name in names if name in _BY_LPIPS}
+    if not set(_BY_FLOW).isdisjoint(names):
+        known |= zip(_BY_FLOW, warping_metrics(_flow(flow, device)), strict=True)
+    return Suite(tuple(known[name] for name in names), crop, device)
+
+
+def _flow(flow: str | Flow, device: str | torch.device) -> Flow:
+    if isinstance(flow, Flow):
+        return flow
+    if flow not in ("lk", "raft"):
+        raise UserError(f"a flow is lk or raft, not {flow!r}")
+    return LUCAS_KANADE if flow == "lk" else raft(device)

@@ -59,8 +59,8 @@ class Metric:
 
     `key` names it in files, `title` in tables; `higher` says whether more is better, None that the best is
     to be near `ideal`; `digits` are the decimals a table shows; `description` is implementation, version and
-    colour space. `measure` turns frames into rows, `n ...` on any device, the first stack of a temporal metric one fewer;
-    `gather` turns the rows of the whole clip, on the CPU, into its Values.
+    colour space. `measure` turns frames into rows, `n ...` on any device, of a temporal metric one fewer at
+    the start of a clip; `gather` turns the rows of the whole clip, on the CPU, into its Values.
     `least` is the smallest side of a frame in pixels, after the crop.
     """
 
