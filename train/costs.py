@@ -17,6 +17,7 @@ from train.losses.pixel import fill
 from train.parallel.fsdp2 import UNITS
 from train.stages.feed import LR_FRAMES_OF_IMAGE, encode_clip
 
+PREFIX = "VAE decode of the longest prefix, peak"
 DEEPSPEED_BUCKET = 5 * 10**8  # elements, its default
 
 
@@ -27,8 +28,10 @@ class Costs:
     parameters: dict[str, tuple[int, int, bool]] = field(default_factory=dict)  # all, trained, frozen model
     state: dict[str, dict[str, int]] = field(default_factory=dict)  # per model: item -> bytes
     inputs: int = 0
-    turns: dict[str, dict[str, int]] = field(default_factory=dict)  # per turn: what a forward keeps
+    turns: dict[str, dict[str, int]] = field(default_factory=dict)  # per turn: what its forward keeps, then
+    # what comes and goes beside it
     frozen: dict[str, int] = field(default_factory=dict)  # peaks of forwards without gradient
+    offloaded: int = 0  # of them, in host memory instead
     save_device: int = 0
     save_host: int = 0
     tokens: int = 0  # of a sample
@@ -44,11 +47,17 @@ class Costs:
     @property
     def peak(self) -> int:
         """The most of all moments: a turn with all its gradients, a frozen forward, a save."""
-        passing = max((sum(items.values()) for items in self.turns.values()), default=0)
+        passing = max(map(most, self.turns.values()))
         gradients = max(i.get("gradients", 0) + i.get("communication", 0) for i in self.state.values())
         return self.held + max(
             self.inputs + max(passing + gradients, max(self.frozen.values(), default=0)), self.save_device
         )
+
+
+def most(items: Mapping[str, int]) -> int:
+    """Of a turn: its first item lasts, the others follow each other."""
+    first, *others = items.values()
+    return first + max(others, default=0)
 
 
 def role_state(module: nn.Module, kind: str, gpus: int, ema: bool) -> dict[str, int]:
@@ -200,28 +209,26 @@ def _activations(
         with footprint.autocast(config):
             fill(lambda start, stop, memory: vae.decode(z[:, :, start:stop], memory), latents - count)
 
-    if s.name == "one_step":
-        costs.frozen["VAE decode of the longest prefix"] = footprint.forward_peak(
-            lambda: prefix(s.pixel_latents)
-        )
     if s.name == "decoder":
-        if s.vae_mse or s.vae_lpips:
-            costs.frozen["VAE decode of the longest prefix"] = footprint.forward_peak(lambda: prefix(0))
         kept = footprint.tc_pixels(config, modules["decoder"], frozen["lpips"], s.window, size)
         costs.turns["decoder"] = {"TC decoder and LPIPS": kept}
+        if s.vae_mse or s.vae_lpips:
+            costs.turns["decoder"][PREFIX] = footprint.forward_peak(lambda: prefix(0))
         return
     sparse = s.name != "teacher"
     block = (
         {"one block again": footprint.one_block(config, sizes, grids, sparse=sparse)}
-        if config.checkpointing
+        if config.recomputes
         else {}
     )
     for role, module in modules.items():
-        kept = footprint.denoiser(config, sizes, module, grids, sparse=sparse and role != "fake")
+        kept, sent = footprint.denoiser(config, sizes, module, grids, sparse=sparse and role != "fake")
         costs.turns[role] = {"DiT and projector" if role != "fake" else "DiT": kept, **block}
+        costs.offloaded = max(costs.offloaded, sent)
     if s.name == "one_step":
         kept = footprint.vae_pixels(config, vae, frozen["lpips"], s.pixel_latents, size)
-        costs.turns["student"]["VAE decoder, LPIPS (approx.)"] = kept
+        costs.turns["student"]["VAE decoder, LPIPS"] = kept
+        costs.turns["student"][PREFIX] = footprint.forward_peak(lambda: prefix(s.pixel_latents))
         if s.loss.dmd:
             wide = 2 if config.precision == "bf16" else 4
             costs.inputs += batch * wide * sum(tokens) * sizes.dit.dim * sizes.lr_projector.layer_num

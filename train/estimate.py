@@ -52,19 +52,25 @@ def limit(gpu: Gpu) -> float:
 
 def smaller(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
     """Changes that save memory, the smallest first: those that leave the result alone, then shorter clips."""
-    free: list[tuple[str, Any]] = []
-    if not config.checkpointing:
-        free.append(("checkpointing=true", {"checkpointing": True}))
+    stages: list[list[tuple[str, dict[str, Any]]]] = [[("", {})] for _ in range(3)]
+    keeps = {"none": ["selective", "full"], "selective": ["full"], "full": []}[config.checkpointing]
+    stages[0] += [(f"checkpointing={kind}", {"checkpointing": kind}) for kind in keeps]
+    if not config.offload and config.stage.name not in ("vae", "decoder"):
+        last = [config.checkpointing] if config.recomputes else []
+        for kind in [*last, *keeps]:
+            words = "offload=true" if kind == config.checkpointing else f"checkpointing={kind} offload=true"
+            stages[0].append((words, {"checkpointing": kind, "offload": True}))
     if config.parallel.kind != "fsdp2":
-        free.append(("parallel=fsdp2", {"parallel": replace(config.parallel, kind="fsdp2")}))
+        stages[1].append(("parallel=fsdp2", {"parallel": replace(config.parallel, kind="fsdp2")}))
     if config.micro_batch_size > 1:
-        free.append(("micro_batch_size=1", {"micro_batch_size": 1}))
-    found, shorter_clips = [], []
-    for count in range(1, len(free) + 1):
-        for chosen in itertools.combinations(free, count):
-            changes = {k: v for _, change in chosen for k, v in change.items()}
-            found.append((" ".join(name for name, _ in chosen), replace(config, **changes)))
-    most = found[-1:] or [("", config)]
+        stages[2].append(("micro_batch_size=1", {"micro_batch_size": 1}))
+    found = []
+    for chosen in itertools.product(*stages):
+        words = [name for name, _ in chosen if name]
+        changes = {k: v for _, change in chosen for k, v in change.items()}
+        found.append((len(words), " ".join(words), replace(config, **changes)))
+    found = [(words, changed) for count, words, changed in sorted(found, key=lambda f: f[0]) if count]
+    most, shorter_clips = found[-1:] or [("", config)], []
     for latents in (22, 14, 10, 8, 6):
         if latents < config.data.latents_per_clip and config.stage.name != "vae":
             for words, changed in ([("", config)] if found else []) + most:
@@ -77,8 +83,8 @@ def suggestion(config: TrainConfig, gpus: int, gpu: Gpu) -> str:
     for words, changed in smaller(config):
         if estimate(changed, gpus).peak <= limit(gpu):
             return f"the smallest change that fits is {words}"
-    return "no change of checkpointing, parallel, micro_batch_size or clip length makes it fit: lower " \
-        "data.height and data.width, or take a larger card"  # fmt: skip
+    return "no change of checkpointing, offload, parallel, micro_batch_size or clip length makes it fit: " \
+        "lower data.height and data.width, or take a larger card"  # fmt: skip
 
 
 def report(config: TrainConfig, costs: Costs, name: str, gpus: int, efficiency: float) -> list[str]:
@@ -88,7 +94,7 @@ def report(config: TrainConfig, costs: Costs, name: str, gpus: int, efficiency: 
     lines = [
         f"{config.stage.name} at scale {config.scale.preset} on {gpus} x {name}, "
         f"parallel={config.parallel.kind}, {config.precision}, "
-        f"checkpointing={str(config.checkpointing).lower()}, "
+        f"checkpointing={config.checkpointing}{', offloaded' if config.offload else ''}, "
         f"clips of {d.latents_per_clip} latents {d.height}x{d.width}, micro batch {config.micro_batch_size}",
         "",
         f"{'model':16s}{'parameters':>14s}{'trained':>14s}   memory per GPU, GiB",
@@ -99,7 +105,9 @@ def report(config: TrainConfig, costs: Costs, name: str, gpus: int, efficiency: 
     lines += ["", f"{'inputs of a step':54s}{costs.inputs / GIB:9.3f} GiB"]
     for turn, items in costs.turns.items():
         for item, size in items.items():
-            lines.append(f"{f'kept for backward, {turn}: {item}':54s}{size / GIB:9.3f} GiB")
+            lines.append(f"{f'turn of {turn}: {item}':54s}{size / GIB:9.3f} GiB")
+    if config.offload:
+        lines.append(f"{'kept for backward in host memory':54s}{costs.offloaded / GIB:9.3f} GiB")
     for item, size in costs.frozen.items():
         lines.append(f"{f'without gradient, peak: {item}':54s}{size / GIB:9.3f} GiB (approximation)")
     lines.append(f"{'save: gathered on every GPU':54s}{costs.save_device / GIB:9.3f} GiB")

@@ -7,6 +7,7 @@ every backend but `reference` and masked `dense` keeps it. Buffers inside an ope
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,22 +26,24 @@ from flashvsr.attention.plans import PackedDense, SparseCausal
 from flashvsr.config import DiTConfig, ModelConfig
 from flashvsr.models import lr_projector
 from flashvsr.models.denoiser import Denoiser
-from flashvsr.models.dit import DiT
+from flashvsr.models.dit import Block, DiT
 from flashvsr.models.lr_projector import LRProjector
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
 from train.config import TrainConfig
 from train.losses.pixel import lpips_frames, mse
-from train.stages.shared import ready_to_train
+from train.parallel import activations
+from train.parallel.apply import ready_to_train
 
 Grid = tuple[int, int, int]  # latents, rows, columns of tokens
 
 
 class Saved:
-    """Bytes that the forward passes inside `with` keep. `known` modules' parameters do not count."""
+    """Bytes that the forward passes inside `with` keep; of `known`, tensors or modules, none count."""
 
-    def __init__(self, *known: nn.Module):
-        self.own = {p.untyped_storage()._cdata for module in known for p in module.parameters()}
+    def __init__(self, *known: nn.Module | Tensor):
+        tensors = [t for one in known for t in ([one] if isinstance(one, Tensor) else one.parameters())]
+        self.own = {t.untyped_storage()._cdata for t in tensors}
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -99,6 +102,23 @@ class _Fused(SparseCausal):
 
 
 @contextmanager
+def _counting_host() -> Iterator[list[int]]:
+    """Bytes of each tensor that `offload` sends to host memory inside `with`; none is sent."""
+    sent: list[int] = []
+    real = activations.to_host
+
+    def count(storage: torch.UntypedStorage) -> Tensor:
+        sent.append(storage.nbytes())
+        return torch.empty(0)
+
+    activations.to_host = count
+    try:
+        yield sent
+    finally:
+        activations.to_host = real
+
+
+@contextmanager
 def on_fake_gpu(gpu: bool = True) -> Iterator[None]:
     """Fake tensors; with `gpu` the projector takes the form that it takes there."""
     taps = lr_projector.by_taps
@@ -124,15 +144,11 @@ def autocast(config: TrainConfig) -> Any:
 
 def denoiser(
     config: TrainConfig, sizes: ModelConfig, module: Denoiser, grids: Sequence[Grid], *, sparse: bool
-) -> int:
-    """Bytes kept by one forward of `module` on micro_batch_size packs of `grids`."""
+) -> tuple[int, int]:
+    """Bytes one forward of `module` on micro_batch_size packs of `grids` keeps: on the GPU, on the host."""
     batch, dit = config.micro_batch_size, sizes.dit
     latents = [torch.zeros(batch, dit.in_channels, f, 2 * h, 2 * w) for f, h, w in grids]
-    if sparse:
-        (grid,) = grids
-        plan = _Fused(grid, dit)
-    else:
-        plan = PackedDense(grids, dit.head_dim)
+    plan = _plan(dit, grids, sparse)
     fed: dict[str, Any] = {}
     if module.lr_projector is not None:
         fed["lr"] = [torch.zeros(batch, 3, 4 * f + 1, 16 * h, 16 * w) for f, h, w in grids]
@@ -140,20 +156,38 @@ def denoiser(
         # the features are the step's, not the forward's: counted with the inputs
         features = [torch.zeros(batch, f, h, w, dit.dim) for f, h, w in grids]
         fed["features"] = [features] * sizes.lr_projector.layer_num
-    with Saved(module) as saved, autocast(config):
+    with Saved(module) as saved, _counting_host() as sent, autocast(config):
         module(latents, torch.zeros(batch, len(grids)), plan, **fed)
-    return saved.bytes
+    return saved.bytes, sum(sent)
+
+
+def _plan(dit: DiTConfig, grids: Sequence[Grid], sparse: bool) -> PackedDense | _Fused:
+    return _Fused(*grids, dit) if sparse else PackedDense(grids, dit.head_dim)
 
 
 def one_block(config: TrainConfig, sizes: ModelConfig, grids: Sequence[Grid], *, sparse: bool) -> int:
-    """Bytes one block keeps while the backward pass of a checkpointed model is in it."""
-    small = replace(sizes, dit=replace(sizes.dit, layers=1))
-    kept = []
-    for checkpointing in (False, True):
-        changed = replace(config, checkpointing=checkpointing)
-        module = make_denoiser(changed, small, projector=False, mode="causal")
-        kept.append(denoiser(changed, small, module, grids, sparse=sparse))
-    return max(kept[0] - kept[1], 0)
+    """Bytes that what is computed again at once keeps: a block, or the larger of its halves; and with
+    `offload` what comes back for it."""
+    dit = replace(sizes.dit, layers=1)
+    module = make_denoiser(config, replace(sizes, dit=dit), projector=False, mode="causal").dit
+    block, plan = module.blocks[0], _plan(dit, grids, sparse)
+    batch, tokens = config.micro_batch_size, sum(math.prod(grid) for grid in grids)
+    x = torch.zeros(batch, tokens, dit.dim, dtype=torch.bfloat16 if config.precision == "bf16" else None)
+    e = plan.spread(torch.zeros(batch, len(grids), 6, dit.dim))
+    x.requires_grad_(), e.requires_grad_()
+    with autocast(config):
+        if config.checkpointing == "full":
+            with Saved(module, x, e) as saved:
+                Block.forward(block, x, e, plan, 0)
+            return saved.bytes + config.offload * x.nbytes
+        with Saved(module, x, e) as before:
+            q, k, v = block.before(x, e, plan.rope)
+        with Saved(module, q, k, v) as kept:
+            o = plan.attend(0, q, k, v)
+        with Saved(module, x, e, o) as after:
+            block.after(x, o, e)
+    returned = x.nbytes + max(q.nbytes + k.nbytes + v.nbytes + kept.bytes, o.nbytes)
+    return max(before.bytes, after.bytes) + config.offload * returned
 
 
 def make_lpips(config: TrainConfig) -> nn.Module:
@@ -172,7 +206,7 @@ def make_lpips(config: TrainConfig) -> nn.Module:
 
 def vae_pixels(config: TrainConfig, vae: WanVAE, lpips: nn.Module, count: int, size: tuple[int, int]) -> int:
     """Bytes kept between `count` latents with gradient and the pixel losses of their VAE frames."""
-    vae.requires_grad_(False).checkpointing = config.checkpointing
+    vae.requires_grad_(False).checkpointing = config.recomputes
     z = torch.zeros(config.micro_batch_size, vae.config.z_dim, count + 1, size[0] // 8, size[1] // 8)
     with Saved(vae, lpips) as saved, autocast(config):
         with torch.no_grad():
@@ -190,14 +224,15 @@ def tc_pixels(
     z = torch.zeros(batch, decoder.config.latent_channels, count, size[0] // 8, size[1] // 8)
     with Saved(decoder, lpips) as saved, autocast(config):
         sr, _ = decoder(z, torch.zeros(batch, 3, 4 * count - 3, *size))
-        _pixel_losses(config, lpips, sr)
+        for _ in range(1 + bool(config.stage.vae_mse or config.stage.vae_lpips)):
+            _pixel_losses(config, lpips, sr)
     return saved.bytes
 
 
 def vae_autoencoder(config: TrainConfig, vae: WanVAE, lpips: nn.Module) -> int:
     """Bytes kept by a step of stage vae on its crop."""
     s, batch = config.stage, config.micro_batch_size
-    vae.checkpointing = config.checkpointing
+    vae.checkpointing = config.recomputes
     video = torch.zeros(batch, 3, 4 * s.latents - 3, s.crop, s.crop)
     with Saved(vae, lpips) as saved, autocast(config):
         noise = torch.zeros(batch, vae.config.z_dim, s.latents, s.crop // 8, s.crop // 8)
@@ -206,10 +241,10 @@ def vae_autoencoder(config: TrainConfig, vae: WanVAE, lpips: nn.Module) -> int:
 
 
 def _pixel_losses(config: TrainConfig, lpips: nn.Module, sr: Tensor) -> None:
-    """One loss after the other: each goes back to the frames before the next begins, so LPIPS is the most."""
+    """Computed one after the other, all kept until each goes back to the frames."""
     frames = sr.detach().requires_grad_()
     mse(frames, torch.zeros_like(frames))
-    lpips_frames(lpips, frames, torch.zeros_like(frames), frame_by_frame=config.checkpointing)
+    lpips_frames(lpips, frames, torch.zeros_like(frames), frame_by_frame=config.recomputes)
 
 
 @torch.no_grad()

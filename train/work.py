@@ -62,9 +62,14 @@ def projector(sizes: ModelConfig, grids: Sequence[Grid]) -> list[flops.Work]:
 
 def trained(config: TrainConfig, sizes: ModelConfig, grids: Sequence[Grid], pairs: int) -> Operations:
     """Forward and backward of a DiT with its projector."""
-    weights = not config.stage.lora_rank
-    own = dit(sizes, grids, pairs).training(weights=weights, recompute=config.checkpointing)
+    own = dit_training(config, dit(sizes, grids, pairs))
     return total([own, *[work.training() for work in projector(sizes, grids)]])
+
+
+def dit_training(config: TrainConfig, work: flops.Work) -> Operations:
+    """Forward and backward of a DiT; `selective` does not compute attention again."""
+    useful, executed = work.training(weights=not config.stage.lora_rank, recompute=config.recomputes)
+    return useful, executed - (work.parts["attention"] if config.checkpointing == "selective" else 0)
 
 
 def lpips(module: nn.Module, height: int, width: int) -> Operations:
@@ -122,10 +127,10 @@ def _vae(config: TrainConfig, sizes: ModelConfig, pair: Operations) -> Operation
     frames = 4 * s.latents - 3
     both = [
         flops.vae_encode(sizes.vae, frames=frames, height=s.crop, width=s.crop).training(
-            recompute=config.checkpointing
+            recompute=config.recomputes
         ),
         flops.vae_decode(sizes.vae, latents=s.latents, height=s.crop, width=s.crop).training(
-            inputs=True, recompute=config.checkpointing
+            inputs=True, recompute=config.recomputes
         ),
     ]
     return total([*both, _perceptual(config, pair, frames)])
@@ -162,7 +167,7 @@ def _one_step(
     before = (d.latents_per_clip - s.pixel_latents) / 2
     student = [
         learning,
-        vae.training(weights=False, inputs=True, recompute=config.checkpointing),
+        vae.training(weights=False, inputs=True, recompute=config.recomputes),
         times(once(vae), before / s.pixel_latents),
         _perceptual(config, pair, 4 * s.pixel_latents),
     ]
@@ -172,7 +177,7 @@ def _one_step(
     fake = [
         *feeding,  # the student's own features
         once(dit(sizes, grids, pairs)),
-        dense.training(weights=not s.lora_rank, recompute=config.checkpointing),
+        dit_training(config, dense),
     ]
     prepare = total([*encodes, *feeding])  # the teacher's features
     return {"prepare": prepare, "fake": total(fake), "student": total(student)}
@@ -180,4 +185,4 @@ def _one_step(
 
 def _perceptual(config: TrainConfig, pair: Operations, frames: int) -> Operations:
     useful, executed = times(pair, frames)
-    return useful, executed * (5 / 3 if config.checkpointing else 1)
+    return useful, executed * (5 / 3 if config.recomputes else 1)

@@ -10,13 +10,14 @@ shapes are those of Wan2.1-T2V-1.3B. Maths: golden/README "DiT block" (released 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flashvsr.config import DiTConfig
 from flashvsr.models.norm import TokenRMS, widen
@@ -118,6 +119,12 @@ class Block(nn.Module):
         return self.after(x, plan.attend(layer, q, k, v), e)
 
 
+@cache
+def _compiled(part: str) -> Callable:
+    """`Block.before` or `Block.after`, compiled as a function of the block: a copy runs its own weights."""
+    return torch.compile(getattr(Block, part), dynamic=False)
+
+
 class Head(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -144,15 +151,13 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
-        self.checkpointing = False  # recompute blocks in the backward pass
 
     def compile_blocks(self) -> None:
         """Compiles what is around attention (norms, modulation, RoPE, feed-forward) once for all layers;
         attention, whose plan differs from layer to layer, stays outside. A second call changes nothing."""
         for block in self.blocks:
-            if "before" not in vars(block):
-                block.before = torch.compile(block.before, dynamic=False)
-                block.after = torch.compile(block.after, dynamic=False)
+            block.before = MethodType(_compiled("before"), block)
+            block.after = MethodType(_compiled("after"), block)
 
     @torch.no_grad()
     def set_prompt(self, prompt: Tensor) -> None:
@@ -198,8 +203,5 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer < len(features):
                 x = x + plan.pack([f.to(x.dtype) for f in features[layer]])
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e6, plan, layer, use_reentrant=False)
-            else:
-                x = block(x, e6, plan, layer)
+            x = block(x, e6, plan, layer)
         return [self.unpatchify(grid) for grid in plan.unpack(self.head(x, e))]

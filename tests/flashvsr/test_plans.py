@@ -283,19 +283,6 @@ def test_four_chunks_are_causal(dit):
     assert (a[:, :, :6] - b[:, :, :6]).abs().max() > 1e-4
 
 
-def test_checkpointing_recomputes_the_same_attention(dit):
-    """The choice of blocks is made once per layer and read again by the recomputation."""
-    x, features = clip(8)
-    gradients = []
-    for checkpointing in (False, True):
-        dit.checkpointing = checkpointing
-        y = x.clone().requires_grad_()
-        parallel(dit, y, features, window=3, ratio=0.5)[0].square().sum().backward()
-        gradients.append(y.grad)
-    dit.checkpointing = False
-    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
-
-
 def test_training_ratio():
     assert training_ratio(2.0, 768 * 1280, 768, 1280) == 2.0
     assert training_ratio(2.0, 768 * 1280, 384, 640) == 8.0

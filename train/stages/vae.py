@@ -50,7 +50,7 @@ def fresh_vae(config: VAEConfig) -> WanVAE:
 class Vae(Stage):
     def build(self) -> None:
         vae = self.find("vae").vae if self.config.init else fresh_vae(self.model_config().vae)
-        vae.checkpointing = self.config.checkpointing
+        vae.checkpointing = self.config.recomputes
         self.sizes = replace(self.model_config(), vae=vae.config)
         self.roles["vae"] = self.engine(vae)
 
