@@ -1,29 +1,31 @@
 """What can be evaluated: baselines, folders of finished outputs, and our models with settings.
 
-`--method NAME=SPEC` becomes a `Method`, and `open_method` turns it into a function that starts one clip and
-gives something with `push(frames)` and `flush()`. The runner knows nothing else.
+`--method NAME=SPEC` becomes a `Method`, and `open_method` turns it into a function that gives a fresh object
+with `push(frames)` and `flush()` for each clip. Nothing else is known about a method.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from eval.baselines import Bicubic
-from eval.datasets import Pair, TestSet, measure_clip
+from eval.baselines import Bicubic, Lanczos
+from eval.cache import clip_hash, code_hash, files_hash
+from eval.datasets import Clip, TestSet, measure_clip
 from flashvsr.base.cli import UserError
-from flashvsr.base.video_io import list_clips, read_frames
+from flashvsr.base.video_io import list_clips
 
 FORMS = (
-    "NAME=bicubic, NAME=FOLDER_OF_OUTPUTS (a video or a folder of frames for each clip) "
+    "NAME=bicubic, NAME=lanczos, NAME=FOLDER_OF_OUTPUTS (a video or a folder of frames for each clip) "
     "or NAME=MODEL_FOLDER[,setting=value...]"
 )
+INTERPOLATIONS = {"bicubic": Bicubic, "lanczos": Lanczos}
 _LOAD_SETTINGS = ("lr_projector",)  # of flashvsr.load; all others belong to flashvsr.method
+_MODEL_CODE = ("attention", "base", "models", "streaming", "weights", "config.py", "flow.py")
 
 
 class Upscaler(Protocol):
@@ -40,26 +42,26 @@ class Upscaler(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A parsed `NAME=SPEC`."""
+    """A parsed `NAME=SPEC`; `kind` is "outputs", "model", or the name of a baseline."""
 
     name: str
     spec: str
-    kind: Literal["bicubic", "outputs", "model"]
+    kind: str
     path: Path | None
     settings: dict[str, Any]
 
 
 def parse_method(text: str) -> Method:
-    """Parse `NAME=SPEC` (or just `bicubic`); UserError lists the valid forms."""
+    """Parse `NAME=SPEC` (or just a baseline's name); UserError lists the valid forms."""
     name, equals, spec = text.partition("=")
-    if text == "bicubic":
+    if text in INTERPOLATIONS:
         spec = text
     elif not equals or not spec or not re.fullmatch(r"[\w.+ -]+", name):
         raise UserError(f"cannot read --method {text!r}; valid forms: {FORMS}")
     place, *assignments = spec.split(",")
     settings = dict(_setting(text, a) for a in assignments)
-    if place == "bicubic":
-        kind, path = "bicubic", None
+    if place in INTERPOLATIONS:
+        kind, path = place, None
     elif Path(place).is_dir():
         path = Path(place)
         kind = "model" if is_model(path) else "outputs"
@@ -92,47 +94,69 @@ def _setting(text: str, assignment: str) -> tuple[str, Any]:
 
 
 def open_method(
-    method: Method, test_set: TestSet, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Callable[[Pair], Upscaler]:
-    """Load what the method needs once; the function returned starts a fresh upscaler for a clip.
+    method: Method, scale: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], Upscaler]:
+    """Load what the method needs once; the function returned gives an upscaler for a new clip.
 
-    Raises UserError when outputs are missing, and whatever flashvsr.load and flashvsr.method raise.
+    Not for finished outputs. Raises whatever flashvsr.load and flashvsr.method raise.
     """
-    if method.kind == "bicubic":
-        return lambda pair: Bicubic(test_set.scale)
+    if method.kind in INTERPOLATIONS:
+        return lambda: INTERPOLATIONS[method.kind](scale)
     if method.kind == "outputs":
-        clips = {p.name if p.is_dir() else p.stem: p for p in list_clips(method.path)}
-        for pair in test_set.pairs:
-            if pair.name not in clips:
-                raise UserError(f"method {method.name!r}: {method.path} has no output for clip {pair.name!r}")
-        return lambda pair: Finished(method.name, clips[pair.name], pair)
+        raise ValueError(f"{method.name} is finished: there is nothing to run")
 
     import flashvsr
 
     settings = dict(method.settings)
     loading = {key: settings.pop(key) for key in _LOAD_SETTINGS if key in settings}
-    if test_set.scale != 4:
-        settings.setdefault("scale", test_set.scale)
+    if scale != 4:
+        settings.setdefault("scale", scale)
     model = flashvsr.load(method.path, dtype=dtype, device=device, **loading)
-    return lambda pair: flashvsr.method(model, **settings)
+    return lambda: flashvsr.method(model, **settings)
 
 
-class Finished:
-    """Frames somebody has already made, handed out as if they were being made."""
+def fingerprint(method: Method, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything besides the clip that a method's frames follow from, as a JSON value."""
+    made = {"kind": method.kind, "settings": method.settings, "torch": torch.__version__}
+    if method.kind in INTERPOLATIONS:
+        code = code_hash("eval/baselines/interpolation.py", "flashvsr/base/resize.py")
+        return made | {"code": code}
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    files = sorted(path for path in method.path.iterdir() if path.is_file() and path.suffix != ".md")
+    return made | {
+        "weights": files_hash(files),
+        "code": code_hash(*(f"flashvsr/{place}" for place in _MODEL_CODE)),
+        "device": gpu or torch.device(device).type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
-    def __init__(self, name: str, path: Path, pair: Pair):
-        count, _, _ = measure_clip(path)
-        if count not in (pair.frames, pair.total):
-            raise UserError(
-                f"method {name!r}: {path} has {count} frames, clip {pair.name!r} has {pair.total} in GT "
-                f"({pair.frames} evaluated); they must be the same"
-            )
-        self._frames: Iterator[np.ndarray] = read_frames(path)
 
-    def push(self, frames: np.ndarray) -> np.ndarray:
-        """As many finished frames as LR frames came in."""
-        return np.stack(list(islice(self._frames, len(frames))))
+def finished_outputs(method: Method, test_set: TestSet, several: bool) -> dict[str, Path]:
+    """Where the finished outputs of a set's clips are: in the method's folder, or with several sets (or
+    where there is one) in its sub-folder of the set's name. UserError names a clip without output."""
+    folder = method.path / test_set.name if (method.path / test_set.name).is_dir() else method.path
+    if several and folder == method.path:
+        raise UserError(
+            f"method {method.name!r}: {method.path} has no folder {test_set.name}; with several data sets "
+            f"outputs are looked for in a folder of the set's name"
+        )
+    found = {p.name if p.is_dir() else p.stem: p for p in list_clips(folder)}
+    for clip in test_set.clips:
+        if clip.name not in found:
+            raise UserError(f"method {method.name!r}: {folder} has no output for clip {clip.name!r}")
+    return {clip.name: found[clip.name] for clip in test_set.clips}
 
-    def flush(self) -> np.ndarray:
-        """Nothing is held back."""
-        return np.empty((0, 0, 0, 3), dtype=np.uint8)
+
+def finished(method: Method, path: Path, clip: Clip, align: str) -> dict[str, Any]:
+    """Size, count and hash of a finished output: the fields of eval.cache.Output.
+
+    UserError when it has another number of frames than the clip (all of it, or the part evaluated), unless
+    `align` allows to take those both have.
+    """
+    count, height, width = measure_clip(path)
+    if align == "refuse" and count not in (clip.frames, clip.total):
+        raise UserError(
+            f"method {method.name!r}: {path} has {count} frames, clip {clip.name!r} has {clip.total} "
+            f"({clip.frames} evaluated); they must be the same (--align first takes those both have)"
+        )
+    return {"frames": count, "height": height, "width": width, "pixels": clip_hash(path)}

@@ -27,7 +27,7 @@ class Outputs:
         return self._window(score["output"], score, start, count)
 
     def gt(self, dataset: str, clip: str, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
-        """The same of the HR clip; KeyError's place is taken by UserError when the set has no GT."""
+        """The same of the HR clip; UserError when the set has no GT."""
         entry = self._clips[dataset, clip]
         if entry["gt"] is None:
             raise UserError(f"{dataset} has no GT of clip {clip!r}")

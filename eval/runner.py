@@ -1,43 +1,46 @@
-"""Runs every method over every clip and scores what comes out, a few frames at a time."""
+"""Makes what is missing, scores what is unscored, and collects the numbers: every method on every clip.
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NoReturn
+One unit is a method on a clip. Its frames are written losslessly, then read back and scored, so that what is
+scored is what is kept; both are entries of `eval.cache`, and a unit whose entries exist costs nothing.
+"""
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
 import torch
 
-from eval.baselines import Bicubic
-from eval.datasets import Pair, TestSet
-from eval.methods import Method, Upscaler, open_method
-from eval.metrics import Lpips, psnr_per_frame, ssim_per_frame
-from flashvsr.base.cli import Progress, UserError
-
-TOGETHER = 8  # LR frames in one push: what a streaming model takes at once
+from eval.cache import Output, clip_hash, digest
+from eval.datasets import TestSet
+from eval.methods import Method, fingerprint, finished, finished_outputs, open_method
+from eval.units import Job, Unit, fitted
+from eval.worker import Worker, run_units
+from flashvsr.base.cli import Progress
 
 
 @dataclass(frozen=True)
 class Score:
-    """One method on one clip: means over its frames; `seconds_per_frame` is None for finished outputs."""
+    """One method on one clip: clip values (None where a metric is not defined) and values of its frames;
+    the other fields are those of eval.json, see `eval.results`."""
 
     method: str
+    dataset: str
     clip: str
     frames: int
-    psnr: float
-    ssim: float
-    lpips: float
+    height: int
+    width: int
+    align: str
+    note: str
+    values: dict[str, float | None]
+    per_frame: dict[str, list[float | None]]
+    reasons: dict[str, str]
     seconds_per_frame: float | None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The same frame of one clip seen by everyone: label to uint8 `H W 3`, LR enlarged without smoothing."""
-
-    clip: str
-    frame: int
-    pictures: dict[str, np.ndarray]
+    first_output_seconds: float | None
+    cached: bool
+    timed_on: dict[str, Any] | None
+    output: str
 
 
 @dataclass(frozen=True)
@@ -45,108 +48,121 @@ class Outcome:
     """What an evaluation gives; `in_use` is what each method says of itself (decoder, precision...)."""
 
     scores: list[Score] = field(default_factory=list)
-    panels: list[Panel] = field(default_factory=list)
     in_use: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made: int = 0  # units that were not complete before
 
 
 def evaluate(
     methods: Sequence[Method],
-    test_set: TestSet,
-    lpips: Lpips,
+    test_sets: Sequence[TestSet],
+    job: Job,
+    devices: Sequence[str] = ("cpu",),
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    panels: int = 2,
     quiet: bool = False,
 ) -> Outcome:
-    """Score all methods on all pairs, and keep the middle frame of the first `panels` clips.
+    """Make and score what the cache does not have, one process per device, and collect everything.
 
-    Models and metrics run on `device`. Raises UserError when an output differs from its GT in frame count or
-    size, naming the method and the clip.
+    With one device the work is done in this process. Raises UserError when an output differs from its GT in
+    frame count or size, naming the method and the clip; what was complete before that stays.
     """
-    outcome = Outcome()
-    for method in methods:
-        outcome.in_use[method.name] = _try_out(method, test_set, device, dtype)
-    shown = [pair.name for pair in test_set.pairs[:panels]]
-    pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in shown}
-    lpips = lpips.to(device)
-    frames = len(methods) * sum(pair.frames for pair in test_set.pairs)
+    job.cache.sweep()
+    inputs = hash_inputs(test_sets, quiet)
+    prints = {m.name: fingerprint(m, devices[0], job.dtype) for m in methods if m.kind != "outputs"}
+    units = [u for m in methods for s in test_sets for u in units_of(m, s, test_sets, inputs, prints, job)]
+    before = [job.missing(unit) for unit in units]
+    todo = [unit for unit, (output, keys) in zip(units, before, strict=True) if output is None or keys]
+    to_make = [unit for unit, (output, _) in zip(units, before, strict=True) if output is None]
+    try_out(to_make, devices[0], job.dtype)
+    frames = sum(u.clip.frames for u in to_make) + sum(u.clip.frames for u in todo)
     with Progress(frames, "evaluate", unit="frame", quiet=quiet) as progress:
-        for method in methods:
-            start = open_method(method, test_set, device, dtype)
-            for pair in test_set.pairs:
-                score, picture = run_clip(method, start(pair), pair, lpips)
-                outcome.scores.append(score)
-                if pair.name in shown:
-                    pictures[pair.name][method.name] = picture
-                progress.update(pair.frames, method=method.name, clip=pair.name, psnr=score.psnr)
-    for pair in test_set.pairs[:panels]:
-        outcome.panels.append(_panel(pair, pictures[pair.name], test_set.scale))
+        if len(devices) == 1 or len(todo) < 2:
+            worker = Worker(job, devices[0])
+            for unit in todo:
+                worker.run(unit, progress.update)
+                progress.update(0, method=unit.method.name, clip=unit.clip.name)
+        else:
+            run_units(todo, job, devices[: len(todo)], progress)
+    made = {id(unit) for unit in to_make}
+    outcome = Outcome(fingerprints=prints, made=len(todo))
+    for unit in units:
+        score, in_use = collected(unit, job, cached=id(unit) not in made)
+        outcome.scores.append(score)
+        outcome.in_use.setdefault(unit.method.name, in_use)
     return outcome
 
 
-def _try_out(method: Method, test_set: TestSet, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Open a method and drop it again, so that mistakes in the last are found before the first has run."""
-    start = open_method(method, test_set, device, dtype)
-    started = [start(pair) for pair in test_set.pairs]
-    return getattr(started[0], "in_use", {})  # all a method must have is push and flush
+def hash_inputs(test_sets: Sequence[TestSet], quiet: bool) -> dict[tuple[str, str], tuple[str, str | None]]:
+    """Hashes of LQ and GT of every clip, by data set and clip."""
+    clips = [(test_set.name, clip) for test_set in test_sets for clip in test_set.clips]
+    hashes = {}
+    with Progress(len(clips), "hash inputs", unit="clip", quiet=quiet) as progress:
+        for name, clip in clips:
+            hashes[name, clip.name] = clip_hash(clip.lq), clip.gt and clip_hash(clip.gt)
+            progress.update()
+    return hashes
 
 
-def run_clip(method: Method, upscaler: Upscaler, pair: Pair, lpips: Lpips) -> tuple[Score, np.ndarray]:
-    """Upscale one clip, scoring frames as they come; returns the score and the middle frame, uint8 `H W 3`.
-
-    Time is the wall clock of push and flush alone, until the frames are in the host's memory.
-    """
-    device = next(lpips.parameters()).device
-    reference = pair.read_gt()
-    values: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
-    done, seconds, middle = 0, 0.0, None
-    for stack in _then_none(pair.read_lq(TOGETHER)):
-        begin = time.perf_counter()
-        out = torch.as_tensor(upscaler.flush() if stack is None else upscaler.push(stack)).cpu()
-        seconds += time.perf_counter() - begin
-        if len(out) == 0:
-            continue
-        gt = list(islice(reference, len(out)))
-        done += len(out)
-        if len(gt) < len(out) or out.shape[1:] != gt[0].shape:
-            _mismatch(method, pair, done, out)
-        wanted = pair.frames // 2 - (done - len(out))
-        if 0 <= wanted < len(out):
-            middle = out[wanted].numpy().copy()
-        a, b = out.to(device), torch.from_numpy(np.stack(gt)).to(device)
-        values["psnr"].append(psnr_per_frame(a, b))
-        values["ssim"].append(ssim_per_frame(a, b))
-        values["lpips"].append(lpips.per_frame(a, b))
-    if done != pair.frames or middle is None:
-        _mismatch(method, pair, done, None)
-    means = {name: torch.cat(parts).mean().item() for name, parts in values.items()}
-    timed = None if method.kind == "outputs" else seconds / done
-    return Score(method.name, pair.name, done, **means, seconds_per_frame=timed), middle
+def units_of(
+    method: Method,
+    test_set: TestSet,
+    test_sets: Sequence[TestSet],
+    inputs: dict[tuple[str, str], tuple[str, str | None]],
+    prints: dict[str, dict[str, Any]],
+    job: Job,
+) -> Iterator[Unit]:
+    """A method on the clips of one set; finished outputs are measured here, before anything runs."""
+    places = {}
+    if method.kind == "outputs":
+        places = finished_outputs(method, test_set, several=len(test_sets) > 1)
+    for clip in test_set.clips:
+        unit = Unit(method, test_set, clip, inputs[test_set.name, clip.name])
+        if places:
+            path = places[clip.name]
+            unit = replace(unit, made=Output(path, **finished(method, path, clip, job.align)))
+            fitted(unit, unit.made, job.align)
+        else:
+            made = {"method": prints[method.name], "lq": unit.inputs[0], "frames": clip.frames}
+            unit = replace(unit, key=digest(made | {"scale": test_set.scale}))
+        yield unit
 
 
-def _then_none(stacks):
-    yield from stacks
-    yield None
+def try_out(units: Sequence[Unit], device: str, dtype: torch.dtype) -> None:
+    """Open every method but the first and drop it again, so that a mistake in the last is found before the
+    first has run."""
+    methods = {(u.method.name, u.test_set.scale): u for u in units}
+    for unit in list(methods.values())[1:]:
+        open_method(unit.method, unit.test_set.scale, device, dtype)()
 
 
-def _mismatch(method: Method, pair: Pair, done: int, out: torch.Tensor | None) -> NoReturn:
-    if out is not None and done <= pair.frames:
-        size = f"{out.shape[2]}x{out.shape[1]}" if out.ndim == 4 else f"shape {tuple(out.shape)}"
-        raise UserError(
-            f"method {method.name!r}: clip {pair.name!r} came out {size}, GT is {pair.width}x{pair.height}"
-        )
-    least = "at least " if done > pair.frames else ""
-    raise UserError(
-        f"method {method.name!r}: clip {pair.name!r} has {least}{done} output frames, GT has {pair.frames}"
+def collected(unit: Unit, job: Job, cached: bool) -> tuple[Score, dict[str, Any]]:
+    """A complete unit's numbers from the cache, and what its method said was in use."""
+    output, missing = job.missing(unit)
+    assert output is not None and not missing
+    fit, values, per_frame, reasons = fitted(unit, output, job.align), {}, {}, {}
+    for key in job.wanted(unit.clip):
+        found = job.cache.score(job.score_key(unit, output, key))
+        values[key] = found["clip"]
+        # A frame without a value is NaN in the cache.
+        per_frame[key] = [None] * found["first"] + [v if v == v else None for v in found["per_frame"]]
+        if found["reason"]:
+            reasons[key] = found["reason"]
+    score = Score(
+        method=unit.method.name,
+        dataset=unit.test_set.name,
+        clip=unit.clip.name,
+        frames=fit.frames,
+        height=fit.height,
+        width=fit.width,
+        align=unit.clip.align,
+        note=fit.note,
+        values=values,
+        per_frame=per_frame,
+        reasons=reasons,
+        seconds_per_frame=output.seconds_per_frame,
+        first_output_seconds=output.first_output_seconds,
+        cached=cached and unit.made is None,
+        timed_on=output.timed_on,
+        output=str(output.path),
     )
-
-
-def _panel(pair: Pair, outputs: dict[str, np.ndarray], scale: int) -> Panel:
-    index = pair.frames // 2
-    lr = next(islice((frame for stack in pair.read_lq(TOGETHER) for frame in stack), index, None))
-    gt = next(islice(pair.read_gt(), index, None))
-    pictures = {"LR": lr.repeat(scale, axis=0).repeat(scale, axis=1)}
-    if "bicubic" not in outputs:
-        pictures["bicubic"] = Bicubic(scale).push(lr[None])[0].numpy()
-    return Panel(pair.name, index, {**pictures, **outputs, "HR": gt})
+    return score, output.in_use or {}

@@ -1,5 +1,6 @@
-"""The runner's numbers are the metrics' numbers, whatever the method's delay; misfits name the clip."""
+"""The runner's numbers are the metrics' numbers; nothing is made twice; misfits name the clip."""
 
+import json
 import shutil
 import time
 
@@ -7,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+import eval.worker
 import flashvsr
 from eval.baselines import Bicubic
+from eval.cache import Cache, FrameSink
 from eval.datasets import open_test_set
-from eval.methods import Method, parse_method
+from eval.methods import parse_method
 from eval.metrics import Lpips, psnr, ssim
 from eval.prepare import write_frames
-from eval.runner import evaluate, run_clip
+from eval.runner import evaluate
+from eval.units import MetricChoice, job_for
 from flashvsr.base.cli import UserError
-from flashvsr.base.video_io import VideoWriter
+from flashvsr.base.video_io import VideoWriter, read_frames
 
-ANY = Method("any", "any", "model", None, {})
+METRICS = ("psnr", "ssim", "lpips")
 
 
 class Delayed:
@@ -32,7 +36,7 @@ class Delayed:
         time.sleep(self.pause * len(frames))
         self.held += list(self.inner.push(frames).numpy())
         ready, self.held = self.held[:-3], self.held[-3:]
-        return np.stack(ready) if ready else np.empty((0, 384, 512, 3), np.uint8)
+        return np.stack(ready) if ready else np.empty((0, 96, 128, 3), np.uint8)
 
     def flush(self):
         rest = self.held + self.held[-1:] * max(self.extra, 0)
@@ -40,19 +44,14 @@ class Delayed:
 
 
 @pytest.fixture(scope="module")
-def lpips():
-    return Lpips("alex", "random")
-
-
-@pytest.fixture(scope="module")
 def test_set(test_folder):
-    return open_test_set(test_folder)
+    return open_test_set(test_folder, name="set")
 
 
 @pytest.fixture(scope="module")
 def enlarged(test_set):
     """Bicubic outputs of every clip, made directly."""
-    return {p.name: Bicubic(4).push(next(p.read_lq(99))).numpy() for p in test_set.pairs}
+    return {c.name: Bicubic(4).push(np.stack(list(c.read_lq()))).numpy() for c in test_set.clips}
 
 
 @pytest.fixture
@@ -64,103 +63,264 @@ def outputs(tmp_path, enlarged):
     return tmp_path / "sr"
 
 
-def test_scores_equal_the_metrics_on_whole_clips(test_set, lpips, hr_clips, enlarged, outputs):
-    methods = [parse_method("bicubic"), parse_method(f"made before={outputs}")]
-    outcome = evaluate(methods, test_set, lpips, panels=1, quiet=True)
-    scores = outcome.scores
-    assert [(s.method, s.clip, s.frames) for s in scores] == [
+@pytest.fixture
+def go(tmp_path):
+    """Evaluates --method texts on sets, in one cache per test."""
+
+    def run(texts, *sets, fresh=False, align="refuse", metrics=("psnr",), devices=("cpu",)):
+        cache = Cache(tmp_path / "cache", fresh)
+        job, _ = job_for(MetricChoice(metrics, lpips_weights="random"), cache, align, torch.float32, devices)
+        return evaluate([parse_method(text) for text in texts], sets, job, devices, quiet=True)
+
+    return run
+
+
+@pytest.fixture
+def method_of_ours(tmp_path, monkeypatch):
+    """A model folder whose upscalers `make` gives; returns the folder and the calls."""
+    folder, calls = tmp_path / "model", []
+    folder.mkdir()
+    (folder / "flashvsr.json").write_text("{}")
+
+    def install(make=Delayed):
+        monkeypatch.setitem(vars(flashvsr), "load", lambda path, **s: calls.append((path, s)) or "model")
+        monkeypatch.setitem(vars(flashvsr), "method", lambda model, **s: calls.append((model, s)) or make())
+        return folder, calls
+
+    return install
+
+
+def test_scores_equal_the_metrics_on_whole_clips(test_set, hr_clips, enlarged, outputs, go):
+    outcome = go(["bicubic", f"made before={outputs}"], test_set, metrics=METRICS)
+    lpips = Lpips("alex", "random")
+    assert [(s.method, s.clip, s.frames) for s in outcome.scores] == [
         ("bicubic", "alpha", 5),
         ("bicubic", "beta", 11),
         ("made before", "alpha", 5),
         ("made before", "beta", 11),
     ]
-    for score in scores:
-        sr, hr = enlarged[score.clip], hr_clips[score.clip]
-        assert score.psnr == pytest.approx(psnr(sr, hr), abs=1e-9)
-        assert score.ssim == pytest.approx(ssim(sr, hr), abs=1e-9)
-        assert score.lpips == pytest.approx(lpips.clip(sr, hr), abs=1e-9)
-        assert (score.seconds_per_frame is None) == (score.method == "made before")
-
-    (panel,) = outcome.panels
-    assert (panel.clip, panel.frame) == ("alpha", 2)
-    assert list(panel.pictures) == ["LR", "bicubic", "made before", "HR"]
-    assert np.array_equal(panel.pictures["HR"], hr_clips["alpha"][2])
-    assert np.array_equal(panel.pictures["made before"], enlarged["alpha"][2])
-    assert np.array_equal(panel.pictures["LR"][::4, ::4], next(test_set.pairs[0].read_lq(99))[2])
-    assert panel.pictures["LR"].shape == panel.pictures["HR"].shape
-
-
-def test_a_method_may_answer_late(test_set, lpips, hr_clips, enlarged):
-    for pair in test_set.pairs:
-        score, picture = run_clip(ANY, Delayed(pause=0.01), pair, lpips)
-        assert score.psnr == pytest.approx(psnr(enlarged[pair.name], hr_clips[pair.name]), abs=1e-9)
-        assert np.array_equal(picture, enlarged[pair.name][pair.frames // 2])
-        assert 0.01 <= score.seconds_per_frame < 0.1
-
-
-def test_only_the_first_frames_when_asked(test_folder, lpips, hr_clips, enlarged, outputs):
-    outcome = evaluate([parse_method(f"x={outputs}")], open_test_set(test_folder, 4), lpips, quiet=True)
     for score in outcome.scores:
+        sr, hr = enlarged[score.clip], hr_clips[score.clip]
+        assert score.values["psnr"] == pytest.approx(psnr(sr, hr), abs=1e-6)
+        assert score.values["ssim"] == pytest.approx(ssim(sr, hr), abs=1e-6)
+        assert score.values["lpips-random"] == pytest.approx(lpips.clip(sr, hr), abs=1e-6)
+        assert np.mean(score.per_frame["psnr"]) == pytest.approx(score.values["psnr"])
+        assert len(score.per_frame["psnr"]) == score.frames
+        assert (score.seconds_per_frame is None) == (score.method == "made before")
+        assert np.array_equal(np.stack(list(read_frames(score.output))), sr)
+
+
+def test_a_method_may_answer_late_and_is_timed_alone(test_set, enlarged, method_of_ours, go):
+    folder, _ = method_of_ours(lambda: Delayed(pause=0.01))
+    for score in go([f"late={folder}"], test_set).scores:
+        assert 0.01 <= score.seconds_per_frame < 0.1
+        # 5 frames: two come with the first push; of 11 frames five do.
+        assert 0.01 * min(8, score.frames) <= score.first_output_seconds < 1
+        assert np.array_equal(np.stack(list(read_frames(score.output))), enlarged[score.clip])
+        assert score.timed_on["device"] == "cpu" and not score.cached
+
+
+def test_the_same_command_makes_and_scores_nothing_again(test_set, method_of_ours, go, monkeypatch):
+    folder, calls = method_of_ours()
+    first = go(["bicubic", f"late={folder}"], test_set)
+    calls.clear()
+    monkeypatch.setattr(Bicubic, "push", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(eval.worker, "score", lambda *_: pytest.fail("scored again"))
+    second = go(["bicubic", f"late={folder}"], test_set)
+    assert calls == [] and (first.made, second.made) == (4, 0)
+    for a, b in zip(first.scores, second.scores, strict=True):
+        assert (a.values, a.per_frame, a.seconds_per_frame) == (b.values, b.per_frame, b.seconds_per_frame)
+        assert (a.cached, b.cached) == (False, True)
+    assert second.in_use == {"bicubic": {}, "late": {"decoder": "fake"}}
+
+
+def test_what_changed_and_only_that_is_made_again(test_folder, hr_clips, tmp_path, go, method_of_ours):
+    folder = shutil.copytree(test_folder, tmp_path / "set")
+    model, calls = method_of_ours()
+    texts = ["lanczos", f"late={model}"]
+    go(texts, open_test_set(folder))
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "outputs").iterdir()}
+
+    def changes(**settings):
+        before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.json")}
+        outcome = go(settings.pop("texts", texts), open_test_set(folder), **settings)
+        after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.json")}
+        return outcome.made, len([name for name in after if before.get(name) != after[name]])
+
+    assert changes() == (0, 0)
+    assert changes(metrics=("psnr", "ssim")) == (4, 4)  # one score each, no output
+    write_frames(folder / "GT" / "alpha", hr_clips["alpha"][::-1].copy())
+    assert changes() == (2, 2)  # alpha's scores
+    write_frames(folder / "LQ" / "alpha", hr_clips["beta"][:5, ::4, ::4].copy())
+    assert changes() == (2, 4)  # alpha's outputs and scores
+    (model / "weights.bin").write_text("others")
+    assert changes()[0] == 2  # both clips of that method
+    assert changes(texts=[f"renamed={model}"]) == (0, 0)
+    assert changes(texts=[f"late={model},decoder=vae"])[0] == 2
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "outputs").iterdir()}.items() >= (
+        made.items()
+    )
+    assert changes(fresh=True) == (4, 8)
+    assert calls
+
+
+def test_a_command_killed_at_any_unit_goes_on_where_it_was(test_set, go, tmp_path, monkeypatch):
+    whole = go(["bicubic"], test_set)
+    shutil.rmtree(tmp_path / "cache")
+    write, written = FrameSink.write, []
+
+    def killed(self, frames):
+        write(self, frames)
+        written.append(self.path)
+        if len(set(written)) == 2:
+            raise KeyboardInterrupt  # in the middle of the second output
+
+    monkeypatch.setattr(FrameSink, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(["bicubic"], test_set)
+    monkeypatch.setattr(FrameSink, "write", write)
+    assert len(list((tmp_path / "cache" / "outputs").glob("[!.]*.mkv"))) == 1
+    again = go(["bicubic"], test_set)
+    assert [s.cached for s in again.scores] == [True, False]
+    assert [s.values for s in again.scores] == [s.values for s in whole.scores]
+
+
+def test_half_written_and_changed_entries_do_not_count(test_set, go, tmp_path):
+    go(["bicubic"], test_set)
+    outputs = tmp_path / "cache" / "outputs"
+    records = sorted(outputs.glob("*.json"))
+    records[0].unlink()
+    records[1].with_suffix(".mkv").write_bytes(b"short")
+    assert go(["bicubic"], test_set).made == 2
+    # A changed picture of the right length is found when it is read for scoring.
+    video = records[0].with_suffix(".mkv")
+    other = records[1].with_suffix(".mkv")
+    video.write_bytes(other.read_bytes())
+    record = json.loads(records[0].read_text())
+    records[0].write_text(json.dumps({**record, "bytes": video.stat().st_size}))
+    with pytest.raises(UserError, match="does not hold the frames that were written|one of them has changed"):
+        go(["bicubic"], test_set, metrics=("ssim",))
+
+
+def test_processes_give_the_same_numbers(test_set, go, tmp_path):
+    alone = go(["bicubic"], test_set)
+    shutil.rmtree(tmp_path / "cache")
+    together = go(["bicubic"], test_set, devices=("cpu", "cpu"))
+    assert [s.values for s in together.scores] == [s.values for s in alone.scores]
+    assert [s.per_frame for s in together.scores] == [s.per_frame for s in alone.scores]
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_the_users_error(test_folder, go, tmp_path):
+    folder = shutil.copytree(test_folder, tmp_path / "set")
+    (folder / "LQ" / "beta" / "frame-000007.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="frame-000007.png cannot be read"):
+        go(["bicubic"], open_test_set(folder), devices=("cpu", "cpu"))
+
+
+def test_a_set_without_gt_has_no_full_reference_values(test_set, test_folder, go):
+    lq = open_test_set(test_folder / "LQ", name="lq")
+    outcome = go(["bicubic"], test_set, lq, metrics=("psnr", "chunk_edge"))
+    for score in outcome.scores:
+        assert list(score.values) == (["psnr"] if score.dataset == "set" else []) + ["chunk_edge"]
+    assert [s.output for s in outcome.scores[:2]] == [s.output for s in outcome.scores[2:]]  # made once
+
+
+def test_frames_too_small_for_a_metric_say_so(tmp_path, go):
+    write_frames(tmp_path / "small" / "a", np.zeros((2, 8, 8, 3), np.uint8))
+    (score,) = go(["bicubic"], open_test_set(tmp_path / "small"), metrics=("niqe",)).scores
+    assert score.values == {"niqe": None} and score.per_frame == {"niqe": []}
+    assert "needs frames of at least" in score.reasons["niqe"]
+
+
+def test_only_the_first_frames_when_asked(test_folder, hr_clips, enlarged, outputs, go):
+    for score in go([f"x={outputs}", "bicubic"], open_test_set(test_folder, 4)).scores:
         assert score.frames == 4
-        assert score.psnr == pytest.approx(psnr(enlarged[score.clip][:4], hr_clips[score.clip][:4]), abs=1e-9)
+        whole = psnr(enlarged[score.clip][:4], hr_clips[score.clip][:4])
+        assert score.values["psnr"] == pytest.approx(whole, abs=1e-6)
 
 
-@pytest.mark.parametrize("extra, words", [(1, "at least 12 output frames"), (-1, "10 output frames")])
-def test_a_wrong_number_of_frames_names_method_and_clip(test_set, lpips, extra, words):
+@pytest.mark.parametrize("extra, words", [(1, "12 output frames"), (-1, "10 output frames")])
+def test_a_wrong_number_of_frames_names_method_and_clip(test_folder, method_of_ours, go, extra, words):
+    folder, _ = method_of_ours(lambda: Delayed(extra))
+    beta = open_test_set(test_folder, name="set", clips=("beta",))
     with pytest.raises(UserError, match=f"'any': clip 'beta' has {words}, GT has 11"):
-        run_clip(ANY, Delayed(extra), test_set.pairs[1], lpips)
+        go([f"any={folder}"], beta)
 
 
-def test_a_wrong_size_names_method_and_clip(test_set, lpips):
+def test_a_wrong_size_names_method_and_clip(test_set, method_of_ours, go, tmp_path):
+    folder, _ = method_of_ours(lambda: Bicubic(2))
     with pytest.raises(UserError, match="'any': clip 'alpha' came out 64x48, GT is 128x96"):
-        run_clip(ANY, Bicubic(2), test_set.pairs[0], lpips)
+        go([f"any={folder}"], test_set)
+    assert not list((tmp_path / "cache").rglob("*.mkv"))
 
 
-def test_finished_outputs_must_be_there_and_complete(test_set, lpips, outputs):
-    method = parse_method(f"x={outputs}")
+def test_align_scores_what_both_have_and_says_so(test_folder, hr_clips, enlarged, tmp_path, go):
+    write_frames(tmp_path / "sr" / "alpha", enlarged["alpha"][:3, :90])
+    write_frames(tmp_path / "sr" / "beta", enlarged["beta"])
+    test_set = open_test_set(test_folder, align="top-left")
+    alpha, beta = go([f"x={tmp_path / 'sr'}"], test_set, align="top-left").scores
+    assert (alpha.frames, alpha.height, alpha.width, beta.note) == (3, 90, 128, "")
+    assert alpha.note == "first 3 of 5 frames; output 128x90 scored on 128x90, top-left"
+    whole = psnr(enlarged["alpha"][:3, :90], hr_clips["alpha"][:3, :90])
+    assert alpha.values["psnr"] == pytest.approx(whole, abs=1e-6)
+
+
+def test_finished_outputs_must_be_there_and_complete(test_set, go, outputs):
     (outputs / "alpha" / "frame-000004.png").unlink()
-    with pytest.raises(UserError, match="alpha has 4 frames, clip 'alpha' has 5 in GT"):
-        evaluate([method], test_set, lpips, quiet=True)
+    with pytest.raises(UserError, match="alpha has 4 frames, clip 'alpha' has 5"):
+        go([f"x={outputs}"], test_set)
     shutil.rmtree(outputs / "alpha")
     with pytest.raises(UserError, match="no output for clip 'alpha'"):
-        evaluate([method], test_set, lpips, quiet=True)
+        go([f"x={outputs}"], test_set)
 
 
-def test_a_mistake_in_the_last_method_stops_before_the_first_runs(test_set, lpips, tmp_path, monkeypatch):
-    (tmp_path / "alpha.txt").touch()
+def test_outputs_of_several_sets_lie_in_folders_of_their_names(test_set, test_folder, outputs, tmp_path, go):
+    other = open_test_set(test_folder, name="other", frames=2)
+    with pytest.raises(UserError, match="no folder set; with several data sets"):
+        go([f"x={outputs}"], test_set, other)
+    (tmp_path / "all").mkdir()
+    shutil.copytree(outputs, tmp_path / "all" / "set")
+    outputs.rename(tmp_path / "all" / "other")
+    scores = go([f"x={tmp_path / 'all'}"], test_set, other).scores
+    assert [(s.dataset, s.frames) for s in scores] == [("set", 5), ("set", 11), ("other", 2), ("other", 2)]
+
+
+def test_a_mistake_in_the_last_method_stops_before_the_first_runs(test_set, tmp_path, go, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "alpha.txt").touch()
     monkeypatch.setattr(Bicubic, "push", lambda *_: pytest.fail("the first method ran"))
-    methods = [parse_method("bicubic"), parse_method(f"empty={tmp_path}")]
     with pytest.raises(UserError, match="'empty'.*no output for clip 'alpha'"):
-        evaluate(methods, test_set, lpips, quiet=True)
+        go(["bicubic", f"empty={tmp_path / 'empty'}"], test_set)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "flashvsr.json").write_text("{}")
+    with pytest.raises(UserError):
+        go(["bicubic", f"broken={tmp_path / 'model'}"], test_set)
 
 
-def test_a_model_folder_is_loaded_with_its_settings(test_set, lpips, tmp_path, monkeypatch):
-    (tmp_path / "flashvsr.json").write_text("{}")
-    calls = []
-
-    def load(path, **settings):
-        calls.append(("load", path, settings))
-        return "model"
-
-    def make(model, **settings):
-        calls.append(("method", model, settings))
-        return Delayed()
-
-    monkeypatch.setitem(vars(flashvsr), "load", load)
-    monkeypatch.setitem(vars(flashvsr), "method", make)
-    method = parse_method(f"ours={tmp_path},decoder=vae,steps=4,sparse_ratio=1.5,tile=none,lr_projector=v1")
-    outcome = evaluate([method], test_set, lpips, quiet=True)
-    assert outcome.in_use == {"ours": {"decoder": "fake"}}
+def test_a_model_folder_is_loaded_once_with_its_settings(test_set, method_of_ours, go):
+    folder, calls = method_of_ours()
+    text = f"ours={folder},decoder=vae,steps=4,sparse_ratio=1.5,tile=none,lr_projector=v1"
+    assert go([text], test_set).in_use == {"ours": {"decoder": "fake"}}
     loading = {"dtype": torch.float32, "device": "cpu", "lr_projector": "v1"}
     settings = {"decoder": "vae", "steps": 4, "sparse_ratio": 1.5, "tile": None}
-    once = [("load", tmp_path, loading)] + [("method", "model", settings)] * 2
-    assert calls == once + once  # tried out before anything runs, then run
+    assert calls == [(folder, loading)] + [("model", settings)] * 2
+
+
+def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_ours, go):
+    class Greedy(Delayed):
+        def push(self, frames):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    folder, _ = method_of_ours(Greedy)
+    with pytest.raises(UserError, match="'big' ran out of memory on clip 'alpha' .128x96.*tile="):
+        go([f"big={folder}"], test_set)
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("ours", "valid forms: NAME=bicubic, NAME=FOLDER_OF_OUTPUTS"),
+        ("ours", "valid forms: NAME=bicubic"),
         ("ours=nearest", "no folder or baseline 'nearest'; valid forms"),
         ("runs/demo/export,decoder=vae", "valid forms"),
         ("b=bicubic,steps=4", "settings have no effect"),
