@@ -51,6 +51,7 @@ def _train(stage: Stage, stop: StopSignal) -> int:
     accumulation = _accumulation(config, world)
     checkpoints = Checkpoints(stage, _checkpoints(config))
     position = checkpoints.restore()
+    telemetry = _telemetry(stage, position)
     efficiency, guards = Efficiency(stage), Guards(config.data.workers)
     if world.is_main:
         _announce(stage, position.step, accumulation, efficiency)
@@ -60,7 +61,7 @@ def _train(stage: Stage, stop: StopSignal) -> int:
             part.write_text(to_yaml(config))
     profile = Profile(config, world)
     step, counter, stopped = position.step, position.counter, False
-    with _telemetry(stage, position) as telemetry, checkpoints:
+    with telemetry, checkpoints:
         for record in telemetry.resume(step if step else -1):
             guards.look(record["step"], record)
         if step == 0:

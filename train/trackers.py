@@ -6,8 +6,6 @@ A tracker is an `id`, `log(step, numbers)`, `media(step, name, path)` of a .png 
 from __future__ import annotations
 
 import json
-import netrc
-import os
 import platform
 import secrets
 import sys
@@ -49,7 +47,7 @@ class Wandb:
             "project": project, "name": name, "id": self.id, "config": dict(config),
             "dir": str(folder), "resume": "allow", "settings": settings,
         }  # fmt: skip
-        if not _has_key():
+        if not wandb.login(prompt=False, verify=False):  # no key
             self._run = wandb.init(**given, mode="offline")
             return
         try:
@@ -57,6 +55,7 @@ class Wandb:
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
             print(f"W&B cannot be reached ({reason}): logging offline, `wandb sync` later", file=sys.stderr)
+            wandb.teardown()  # else the id counts as in use
             self._run = wandb.init(**given, mode="offline")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -149,13 +148,3 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
-
-
-def _has_key() -> bool:
-    """Whether `wandb login` was done here or a key stands in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
