@@ -38,8 +38,9 @@ class Values:
     """What a metric says of a clip.
 
     `per_frame` is float64 on the CPU, one value per frame from frame `first` on: `first` is 1 where a frame
-    is compared with the one before it. `clip` is None, and `reason` says why in one sentence, where the
-    metric is not defined: a temporal metric of a single frame, a ratio to a change of zero.
+    is compared with the one before it. It is empty for a metric of whole clips. `clip` is None, and `reason`
+    says why in one sentence, where the metric is not defined: a temporal metric of a single frame, a ratio to
+    a change of zero. With a value, `reason` names the frames that were left out.
     """
 
     per_frame: Tensor
@@ -108,7 +109,8 @@ class Scoring:
     def __init__(self, suite: Suite):
         self.suite = suite
         self.frames = 0
-        self._rows: dict[str, list[Tensor]] = {metric.key: [] for metric in suite.metrics}
+        # Metrics may share a measure, whose rows are then made once.
+        self._rows: dict[Callable, list[Tensor]] = {metric.measure: [] for metric in suite.metrics}
         self._last: Frames | None = None
 
     @torch.no_grad()
@@ -139,7 +141,8 @@ class Scoring:
         """Every metric's Values, by key. Raises UserError where no frame was pushed."""
         if self.frames == 0:
             raise UserError("this clip has no frames to score")
-        return {m.key: m.gather(torch.cat(self._rows[m.key]).cpu()) for m in self.suite.metrics}
+        rows = {measure: torch.cat(parts).cpu() for measure, parts in self._rows.items()}
+        return {metric.key: metric.gather(rows[metric.measure]) for metric in self.suite.metrics}
 
     def _fitted(self, pixels: Tensor, sr: np.ndarray | Tensor) -> Tensor:
         """On the device, at SR's size (only LQ has another), without the border."""
@@ -157,8 +160,8 @@ class Scoring:
                 before.before = None  # one stack back is as far as any metric looks
             stacks[name] = Stack(pixels[name], before) if name in pixels else None
         frames = Frames(**stacks)
-        for metric in self.suite.metrics:
-            self._rows[metric.key].append(metric.measure(frames))
+        for measure, parts in self._rows.items():
+            parts.append(measure(frames))
         self.frames += len(frames.sr.pixels)
         self._last = frames
 
