@@ -21,15 +21,24 @@ def main(argv: list[str]) -> int | None:
     return prepare_command(argv[1:]) if argv[:1] == ["prepare"] else eval_command(argv)
 
 
-def prepare_command(argv: list[str]) -> None:
-    """Make a test set from HR clips."""
-    from eval.prepare import PrepareConfig, prepare
+def prepare_command(argv: list[str]) -> int:
+    """Make a test set from HR clips, or check one."""
+    from eval.prepare import PrepareConfig, check, prepare
 
     parser = argparse.ArgumentParser(prog="python -m eval prepare", description=prepare_command.__doc__)
     parser.add_argument(
-        "source", metavar="SRC", help="folder of videos or frames, or a data folder (its val split)"
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="folder of videos or frames, or a data folder (its val split)",
     )
-    parser.add_argument("out", metavar="OUT", help="test set to write: GT/, LQ/ and prepare.json")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="test set to write: GT/, LQ/ and prepare.json")
+    parser.add_argument(
+        "--check",
+        metavar="DIR",
+        help="instead: compare a set's pixels with its prepare.json, make its LQ again, and name the "
+        "versions that differ where the bytes do",
+    )
     parser.add_argument("--preset", default="realbasicvsr", help="degradation preset (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the degradation (default: %(default)s)")
     parser.add_argument("--scale", type=int, default=4, help="LQ is this much smaller (default: %(default)s)")
@@ -39,6 +48,16 @@ def prepare_command(argv: list[str]) -> None:
     parser.add_argument("--clips", type=int, help="only the first CLIPS clips by name")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     a = parser.parse_args(argv)
+    if a.check is not None:
+        if a.source is not None:
+            raise UserError("prepare takes SRC OUT or --check DIR, not both")
+        wrong = check(a.check, quiet=a.quiet)
+        print(
+            "\n".join(wrong) or f"{a.check}: GT and LQ are what was written, and this machine makes the same"
+        )
+        return 1 if wrong else 0
+    if a.out is None:
+        raise UserError("prepare needs SRC and OUT, or --check DIR")
     config = PrepareConfig(
         preset=a.preset,
         seed=a.seed,
@@ -50,6 +69,7 @@ def prepare_command(argv: list[str]) -> None:
     )
     made = prepare(a.source, a.out, config, quiet=a.quiet)
     print(a.out if made else f"{a.out} (already there, same settings)")
+    return 0
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """Makes a test set: HR clips cut to size (GT) and their degraded LR partners (LQ), both as PNG frames.
 
 Everything follows from the sources and the settings: the same command gives the same bytes, and an existing
-result of the same settings is kept.
+result of the same settings is kept. prepare.json says what they were, every drawn parameter, the hashes of
+all pixels and the versions they came from; `check` compares a set with it on any machine.
 """
 
 import hashlib
 import itertools
 import platform
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.cache import code_hash
 from flashvsr.base.cli import Progress, UserError
 from flashvsr.base.draws import numpy_rng
 from flashvsr.base.files import atomic_dir, read_json, sha256, write_json
@@ -74,7 +78,7 @@ def prepare(source: str | Path, out: str | Path, config: PrepareConfig, *, quiet
         for clip in sources:
             clips.append(_write_clip(folder, clip, config))
             progress.update(clip=clip.name)
-        record = {"format": 1, "settings": settings, "versions": _versions(), "clips": clips}
+        record = {"format": 1, "settings": settings, "versions": versions(), "clips": clips}
         write_json(folder / "prepare.json", record)
     return True
 
@@ -195,15 +199,100 @@ def write_frames(folder: Path, frames: Iterable[np.ndarray]) -> tuple[int, tuple
     return writer.frames, first.shape[:2], digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    """What the bytes may depend on besides the settings: the degradation runs real encoders."""
+def versions() -> dict[str, str]:
+    """What the bytes may depend on besides sources and settings: codecs, arithmetic, the processor."""
     import av
+    import PIL
 
     libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
     return {
         "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "numpy": np.__version__,
         "torch": torch.__version__,
+        "pillow": PIL.__version__,
         "av": av.__version__,
         **libraries,
+        **{name: _encoder_version(name) for name in ("libx264", "libx265")},
+        "degradation_code": code_hash("data/degradation", "flashvsr/base")[:12],
     }
+
+
+def _encoder_version(name: str) -> str:
+    """The version an encoder writes into its stream, or "absent"."""
+    import av
+
+    try:
+        context = av.CodecContext.create(name, "w")
+    except av.error.FFmpegError:
+        return "absent"
+    context.width = context.height = 64
+    context.pix_fmt, context.time_base = "yuv420p", Fraction(1, 25)
+    if name == "libx265":
+        context.options = {"x265-params": "log-level=none:pools=none:frame-threads=1"}
+    frame = av.VideoFrame(64, 64, "yuv420p")
+    frame.pts = 0
+    stream = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+    # "x264 - core 165 ..." or "x265 (build 216) - 4.2+1-e444744:..."
+    found = re.search(rb"x264 - core (\d+(?: r\d+)?)|x265 \(build \d+\) - ([\w.+-]+)", stream)
+    return (found[1] or found[2]).decode() if found else "unknown"
+
+
+def check(folder: str | Path, *, quiet: bool = False) -> list[str]:
+    """What is wrong with a prepared set, in sentences; none when it holds the bytes that were written and
+    this machine makes the same LQ from its GT.
+
+    GT and LQ are compared with the hashes of prepare.json; LQ is made again from GT with the drawn
+    parameters, and where that gives other bytes the versions that differ are named. Raises UserError when
+    `folder` has no prepare.json.
+    """
+    folder = Path(folder)
+    if not (folder / "prepare.json").is_file():
+        raise UserError(
+            f"{folder} has no prepare.json: only what `python -m eval prepare` made can be checked"
+        )
+    record = read_json(folder / "prepare.json")
+    wrong, remade = [], []
+    with Progress(len(record["clips"]), "check", unit="clip", quiet=quiet) as progress:
+        for clip in record["clips"]:
+            intact = True
+            for side, key in (("GT", "gt_sha256"), ("LQ", "lq_sha256")):
+                if _pixels_hash(folder / side / clip["name"]) != clip[key]:
+                    wrong.append(f"{side} of clip {clip['name']!r} is missing or not what was written")
+                    intact = intact and side == "LQ"
+            if intact and not _remakes(folder / "GT" / clip["name"], clip):
+                remade.append(clip["name"])
+            progress.update(clip=clip["name"])
+    if remade:
+        wrong.append(
+            f"this machine makes another LQ from the GT of {', '.join(remade)}; "
+            f"{differing_versions(record.get('versions', {})) or 'every recorded version is the same here'}"
+        )
+    return wrong
+
+
+def differing_versions(recorded: dict[str, str]) -> str:
+    """Which versions differ from those of a record, in words; empty when none does."""
+    here = versions()
+    names = sorted(name for name in {*recorded, *here} if recorded.get(name) != here.get(name))
+    return ", ".join(f"{n} was {recorded.get(n, 'not noted')}, here {here.get(n, 'absent')}" for n in names)
+
+
+def _pixels_hash(clip: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        for frame in read_frames(clip):
+            digest.update(np.ascontiguousarray(frame).data)
+    except (UserError, OSError):
+        return ""  # a picture that cannot be read is not what was written
+    return digest.hexdigest()
+
+
+def _remakes(truth: Path, clip: dict[str, Any]) -> bool:
+    from data.degradation import pipeline
+
+    digest = hashlib.sha256()
+    for frame in pipeline.stream(read_frames(truth), clip["degradation"]):
+        digest.update(np.ascontiguousarray(frame).data)
+    return digest.hexdigest() == clip["lq_sha256"]

@@ -90,5 +90,13 @@ def test_prepare_command(test_folder, tmp_path, capsys):
         main([*arguments, "--clips", "1", "--quiet"])
         assert capsys.readouterr().out == printed
     assert [p.name for p in (out / "LQ").iterdir()] == ["alpha"]
+    assert main(["prepare", "--check", str(out), "--quiet"]) == 0
+    assert "this machine makes the same" in capsys.readouterr().out
+    (out / "LQ" / "alpha" / "frame-000000.png").unlink()
+    assert main(["prepare", "--check", str(out), "--quiet"]) == 1
+    with pytest.raises(UserError, match="SRC OUT or --check DIR, not both"):
+        main(["prepare", str(out), "--check", str(out)])
+    with pytest.raises(UserError, match="needs SRC and OUT"):
+        main(["prepare", str(out)])
     with pytest.raises(UserError, match="--size '64' must be HEIGHTxWIDTH"):
         main(["prepare", str(test_folder / "GT"), str(tmp_path / "other"), "--size", "64"])

@@ -8,7 +8,7 @@ import pytest
 
 from data.build import build
 from data.degradation import degrade
-from eval.prepare import PrepareConfig, cut, prepare, write_frames
+from eval.prepare import PrepareConfig, check, cut, prepare, write_frames
 from flashvsr.base.cli import UserError
 from flashvsr.base.draws import numpy_rng
 from flashvsr.base.resize import bicubic_8bit
@@ -48,12 +48,42 @@ def test_gt_is_the_middle_of_the_source_and_lq_its_degradation(prepared, hr_clip
         clip = next(c for c in record["clips"] if c["name"] == name)
         assert clip["degradation"] == parameters
     assert record["settings"]["seed"] == 5 and record["settings"]["preset"] == "realbasicvsr"
-    assert "av" in record["versions"]
+    assert {"av", "libavcodec", "libx264", "libx265", "torch", "pillow"} <= record["versions"].keys()
+    assert record["versions"]["libx264"][:1].isdigit()
 
 
 def test_the_same_command_gives_the_same_bytes(source, prepared, tmp_path):
     prepare(source, tmp_path / "again", CONFIG, quiet=True)
     assert tree(tmp_path / "again") == tree(prepared)
+
+
+def test_check_remakes_lq_and_finds_changed_pixels(prepared, tmp_path):
+    assert check(prepared, quiet=True) == []
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    (folder / "LQ" / "alpha" / "frame-000001.png").write_bytes(b"damaged")
+    (folder / "GT" / "beta" / "frame-000002.png").unlink()
+    assert check(folder, quiet=True) == [
+        "LQ of clip 'alpha' is missing or not what was written",
+        "GT of clip 'beta' is missing or not what was written",
+    ]
+
+
+def test_where_this_machine_makes_other_bytes_the_differing_version_is_named(prepared, tmp_path):
+    """A record of another machine: another encoder, whose bytes were others."""
+    folder = shutil.copytree(prepared, tmp_path / "set")
+    record = json.loads((folder / "prepare.json").read_text())
+    record["versions"]["libx264"] = "42"
+    (folder / "prepare.json").write_text(json.dumps(record))
+    assert check(folder, quiet=True) == []  # same bytes: another version is no fault
+    pixels = np.zeros((3, 16, 20, 3), np.uint8)
+    _, _, record["clips"][0]["lq_sha256"] = write_frames(tmp_path / "other", pixels)
+    shutil.rmtree(folder / "LQ" / record["clips"][0]["name"])
+    (tmp_path / "other").rename(folder / "LQ" / record["clips"][0]["name"])
+    (folder / "prepare.json").write_text(json.dumps(record))
+    (sentence,) = check(folder, quiet=True)
+    assert sentence.startswith("this machine makes another LQ from the GT of alpha; libx264 was 42, here 1")
+    with pytest.raises(UserError, match="has no prepare.json"):
+        check(tmp_path)
 
 
 def test_an_existing_set_is_kept_or_refused_but_never_mixed(source, prepared):
