@@ -177,10 +177,8 @@ def _over_frames(scores: dict[str, dict[str, Any]], methods: Sequence[str], metr
     series = {}
     for method in methods:
         values = scores[method]["per_frame"].get(metric["key"]) if method in scores else None
-        # A metric of two frames has its first value at the second: values end where the clip ends.
-        start = scores[method]["frames"] - len(values) if values else 0
         numbers = [math.nan if value is None else value for value in values or []]
-        series[method] = (list(range(start, start + len(numbers))), numbers)
+        series[method] = (list(range(len(numbers))), numbers)
     if all(len(numbers) < 2 for _, numbers in series.values()):
         return ""
     return charts.lines(series, "frame", metric["title"] + arrow(metric["higher"]), whole=True)

@@ -93,6 +93,7 @@ def test_methods_take_turns_and_the_warm_up_does_not_count(clock):
     starts = {"a": lambda: start("a", 1.0), "b": lambda: start("b", 4.0)}
     runs = time_methods(starts, Clip(2, 2, 3), repeats=2, warmup=1)
     assert "".join(seen) == "ab" + "ab" + "ba"
+    assert [len(own) for own in runs.values()] == [2, 2]
     assert {n: summary(own)["seconds_per_frame"] for n, own in runs.items()} == {"a": 1.0, "b": 4.0}
 
 
