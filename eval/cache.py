@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from flashvsr.base.cli import UserError
-from flashvsr.base.files import read_json, sha256, write_json
+from flashvsr.base.files import read_json, reading, sha256, write_json
 from flashvsr.base.stills import frames_of
 from flashvsr.base.video_io import VideoWriter
 
@@ -36,12 +36,18 @@ def digest(value: Any) -> str:
 
 
 def files_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files, read by several threads."""
+    """SHA-256 over the names and contents of files, read by several threads; UserError where one cannot
+    be read."""
     paths = list(paths)
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(sha256, paths)
+        hashes = pool.map(_file_hash, paths)
         lines = [f"{path.name} {value}" for path, value in zip(paths, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with reading(path):
+        return sha256(path)
 
 
 def clip_hash(path: Path) -> str:

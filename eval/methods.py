@@ -13,17 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from eval.baselines import Bicubic, Lanczos
+from eval.baselines import NETWORKS, Bicubic, Chunked, Lanczos, load_network
 from eval.cache import clip_hash, code_hash, files_hash
 from eval.datasets import Clip, TestSet, measure_clip
 from flashvsr.base.cli import UserError
 from flashvsr.base.video_io import list_clips
 
 FORMS = (
-    "NAME=bicubic, NAME=lanczos, NAME=FOLDER_OF_OUTPUTS (a video or a folder of frames for each clip) "
-    "or NAME=MODEL_FOLDER[,setting=value...]"
+    "NAME=bicubic, NAME=lanczos, NAME=basicvsr,weights=FILE[,interval=N][,overlap=N][,carry=true] (or "
+    "iconvsr), NAME=FOLDER_OF_OUTPUTS (a video or a folder of frames for each clip) or "
+    "NAME=MODEL_FOLDER[,setting=value...]"
 )
 INTERPOLATIONS = {"bicubic": Bicubic, "lanczos": Lanczos}
+_CHUNK_SETTINGS = ("interval", "overlap", "carry")
 _LOAD_SETTINGS = ("lr_projector",)  # of flashvsr.load; all others belong to flashvsr.method
 _MODEL_CODE = ("attention", "base", "models", "streaming", "weights", "config.py", "flow.py")
 
@@ -60,15 +62,18 @@ def parse_method(text: str) -> Method:
         raise UserError(f"cannot read --method {text!r}; valid forms: {FORMS}")
     place, *assignments = spec.split(",")
     settings = dict(_setting(text, a) for a in assignments)
-    if place in INTERPOLATIONS:
+    if place in INTERPOLATIONS or place in NETWORKS:
         kind, path = place, None
     elif Path(place).is_dir():
         path = Path(place)
         kind = "model" if is_model(path) else "outputs"
     else:
         raise UserError(f"--method {text!r}: there is no folder or baseline {place!r}; valid forms: {FORMS}")
-    if settings and kind != "model":
+    if settings and (kind in INTERPOLATIONS or kind == "outputs"):
         raise UserError(f"--method {text!r}: settings have no effect, {place} is no model folder")
+    unknown = [key for key in settings if key not in ("weights", *_CHUNK_SETTINGS)]
+    if unknown and kind in NETWORKS:
+        raise UserError(f"--method {text!r}: {kind} has no {unknown[0]!r}; valid forms: {FORMS}")
     return Method(name, spec, kind, path, settings)
 
 
@@ -98,16 +103,21 @@ def open_method(
 ) -> Callable[[], Upscaler]:
     """Load what the method needs once; the function returned gives an upscaler for a new clip.
 
-    Not for finished outputs. Raises whatever flashvsr.load and flashvsr.method raise.
+    Not for finished outputs. Raises whatever flashvsr.load, flashvsr.method and load_network raise.
     """
     if method.kind in INTERPOLATIONS:
         return lambda: INTERPOLATIONS[method.kind](scale)
     if method.kind == "outputs":
         raise ValueError(f"{method.name} is finished: there is nothing to run")
 
+    settings = dict(method.settings)
+    if method.kind in NETWORKS:
+        weights = settings.pop("weights", None)
+        network = load_network(method.kind, weights, scale=scale, device=device, dtype=dtype)
+        return lambda: Chunked(network, **settings)
+
     import flashvsr
 
-    settings = dict(method.settings)
     loading = {key: settings.pop(key) for key in _LOAD_SETTINGS if key in settings}
     if scale != 4:
         settings.setdefault("scale", scale)
@@ -122,10 +132,16 @@ def fingerprint(method: Method, device: str, dtype: torch.dtype) -> dict[str, An
         code = code_hash("eval/baselines/interpolation.py", "flashvsr/base/resize.py")
         return made | {"code": code}
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    files = sorted(path for path in method.path.iterdir() if path.is_file() and path.suffix != ".md")
+    if method.kind in NETWORKS:
+        weights = method.settings.get("weights", "random")
+        files = [] if weights == "random" else [Path(str(weights))]
+        code = code_hash("eval/baselines", "flashvsr/base")
+    else:
+        files = sorted(path for path in method.path.iterdir() if path.is_file() and path.suffix != ".md")
+        code = code_hash(*(f"flashvsr/{place}" for place in _MODEL_CODE))
     return made | {
         "weights": files_hash(files),
-        "code": code_hash(*(f"flashvsr/{place}" for place in _MODEL_CODE)),
+        "code": code,
         "device": gpu or torch.device(device).type,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -307,6 +307,17 @@ def test_a_model_folder_is_loaded_once_with_its_settings(test_set, method_of_our
     assert calls == [(folder, loading)] + [("model", settings)] * 2
 
 
+def test_networks_take_their_weights_and_intervals(test_set, go, tmp_path):
+    methods = ["whole=basicvsr,weights=random,interval=none", "cut=basicvsr,weights=random,interval=3"]
+    short = open_test_set(test_set.folder, 4, name="set", clips=("alpha",))
+    whole, cut = go(methods, short).scores
+    assert whole.values["psnr"] != cut.values["psnr"] and whole.values["psnr"] > 10
+    with pytest.raises(UserError, match="basicvsr needs weights=FILE"):
+        go(["x=basicvsr"], short)
+    with pytest.raises(UserError, match="nowhere.pth does not exist"):
+        go([f"x=basicvsr,weights={tmp_path}/nowhere.pth"], short)
+
+
 def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_ours, go):
     class Greedy(Delayed):
         def push(self, frames):
@@ -325,6 +336,7 @@ def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_o
         ("runs/demo/export,decoder=vae", "valid forms"),
         ("b=bicubic,steps=4", "settings have no effect"),
         ("here=.,steps", "'steps' is no setting"),
+        ("b=basicvsr,weights=random,tiles=3", "basicvsr has no 'tiles'"),
     ],
 )
 def test_unreadable_methods_list_the_valid_forms(text, words):
