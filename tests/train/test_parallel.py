@@ -1,89 +1,70 @@
 """One process, DDP, FSDP2 and DeepSpeed: equal losses, gradient norms and weights; each resumes another."""
 
-import importlib.util
-import json
 from functools import cache
 
 import pytest
-import torch
 
-from data import build
-from tests.train.test_run import SMALL
-from train import loop
-from train.config import compose
-from train.launch import World, spawn
-
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-ZERO = ["zero1", "zero2", "zero3"] if HAS_DEEPSPEED else []
-STAGES = {
-    "teacher": ["ddp", "fsdp2", *ZERO],
-    "sparse_causal": ["ddp", "fsdp2", *ZERO[1:2]],
-    "one_step": ["ddp", "fsdp2", *ZERO[1:2]],
-    "decoder": ["ddp", "fsdp2", *ZERO[1:2]],
-}
-RESUMES = [("fsdp2", "ddp"), ("ddp", "fsdp2")]
-RESUMES += [("fsdp2", "zero2"), ("zero3", "fsdp2"), ("zero2", "zero3")] if ZERO else []
-SLOW = ("sparse_causal", "decoder")  # the other two have every kind of loss and two roles
+from tests.train import parallel_table as table
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with what every stage starts from."""
     folder = tmp_path_factory.mktemp("parallel")
-    build.build([], folder / "data", synthetic_clips=3, quiet=True)
-    for stage in ("vae", "teacher", "sparse_causal"):
-        config = compose(stage, [*overrides(folder), "steps=1"])
-        assert loop.run(config, World(0, 1, 0, torch.device("cpu"))) == 0
+    table.prepare(folder)
     return folder
 
 
-def overrides(folder):
-    return [
-        *SMALL, f"runs_dir={folder}", "run=mini", f"data.shards={folder}/data", "micro_batch_size=1",
-        "global_batch_size=4", "optim.ema=0.9", "resume=force",
-    ]  # fmt: skip
+@cache
+def fast(folder):
+    """Numbers on one process and on two: one start of processes for all of them."""
+    ones = dict.fromkeys((stage, way) for stage, _, _, way in table.FAST)
+    resumes = [("teacher", *pair) for pair in table.RESUMES]
+    ones = table.alone(folder, [*ones, ("teacher", "one, accumulation 1")])
+    return ones, table.together(folder, table.FAST, resumes)
 
 
 @cache
-def results(folder, stage):
-    """Numbers by world size: of the stage under every kind, and of every resumption."""
-    numbers = {}
-    for size, kinds in ((1, ["ddp"]), (2, STAGES[stage])):
-        resumes = RESUMES if size == 2 and stage == "teacher" else []
-        job = {
-            "out": str(folder),
-            "overrides": overrides(folder),
-            "stages": {stage: kinds},
-            "resumes": {stage: resumes},
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        assert spawn([str(folder / "job.json")], size, module="tests.train.parallel_worker") == 0
-        numbers[size] = json.loads((folder / f"results-{size}.json").read_text())
-    return numbers
+def slow(folder):
+    ones = dict.fromkeys((stage, way) for stage, _, _, way in table.SLOW)
+    return table.alone(folder, list(ones)), table.together(folder, table.SLOW)
 
 
-CASES = [
-    pytest.param(stage, kind, marks=pytest.mark.slow if stage in SLOW else ())
-    for stage, kinds in STAGES.items()
-    for kind in kinds
-]
+def cases(ways, marks=()):
+    return [pytest.param(s, way, one, id=f"{s}-{way}", marks=marks) for s, way, _, one in ways]
 
 
-@pytest.mark.parametrize(("stage", "kind"), CASES)
-def test_two_processes_equal_one(folder, stage, kind):
+@pytest.mark.parametrize(("stage", "way", "against"), cases(table.FAST))
+def test_two_processes_equal_one(folder, stage, way, against):
     """Losses, gradient norms per role and per term: to 1e-5."""
-    numbers = results(folder, stage)
-    one, two = numbers[1][f"{stage} ddp"]["records"], numbers[2][f"{stage} {kind}"]["records"]
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == pytest.approx(a[key], rel=1e-5), key
+    ones, twos = fast(folder)
+    assert table.largest(ones[f"{stage} {against}"], twos[f"{stage} {way}"]) < 1e-5
 
 
-@pytest.mark.parametrize(("first", "second"), RESUMES)
+@pytest.mark.parametrize(("stage", "way", "against"), cases(table.SLOW, pytest.mark.slow))
+def test_two_processes_equal_one_in_the_other_stages(folder, stage, way, against):
+    ones, twos = slow(folder)
+    assert table.largest(ones[f"{stage} {against}"], twos[f"{stage} {way}"]) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp2+lora+selective+offload"])
+def test_weights_and_ema_after_two_steps_equal_those_of_one_process(folder, way):
+    ones, twos = fast(folder)
+    one, two = ones["teacher one+lora" if "lora" in way else "teacher one"], twos[f"teacher {way}"]
+    for part in ("weights", "ema"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            assert two[part][name] == pytest.approx(value, rel=1e-4, abs=1e-9), (part, name)
+
+
+def test_four_small_batches_equal_a_large_one(folder):
+    ones, _ = fast(folder)
+    assert table.largest(ones["teacher one"], ones["teacher one, accumulation 1"]) < 1e-5
+
+
+@pytest.mark.parametrize(("first", "second"), table.RESUMES)
 def test_one_kind_resumes_another(folder, first, second):
     """Weights and EMA after a step under each equal two steps under the first, up to the rounding of sums."""
-    numbers = results(folder, "teacher")[2]
+    _, numbers = fast(folder)
     whole, resumed = numbers[f"teacher {first}"], numbers[f"teacher {first}->{second}"]
     for key, value in whole["records"][1].items():
         assert resumed["records"][0][key] == pytest.approx(value, rel=1e-5), key
@@ -94,5 +75,5 @@ def test_one_kind_resumes_another(folder, first, second):
 
 
 def test_deepspeed_is_there():
-    if not HAS_DEEPSPEED:
+    if not table.HAS_DEEPSPEED:
         pytest.skip("deepspeed is not installed: zero1, zero2 and zero3 were not tested")

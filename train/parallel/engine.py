@@ -6,7 +6,7 @@ Other ways of running a role subclass it and keep its methods; stages and loop k
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,7 @@ class Engine:
             return self.module
         if self._whole is None:
             self._whole = copy.deepcopy(self.skeleton)
-            self._whole.load_state_dict(self.weights(), strict=True, assign=True)
+            self._whole.load_state_dict(self._gathered(), strict=True, assign=True)
             self._whole.eval()
         return self._whole
 
@@ -88,9 +88,16 @@ class Engine:
         """Drops the copy that `whole` made."""
         self._whole = None
 
+    # What is saved is for the main rank. Where it is sliced, every rank must call: tensors become whole one
+    # at a time, the main rank keeps them in host memory, the others nothing: they return an empty mapping.
+
     def weights(self) -> dict[str, Tensor]:
         """The whole module's weights by name."""
         return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """`weights`, on every rank and on its device."""
+        return self.weights()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The whole optimiser state, by parameter name."""
@@ -108,6 +115,15 @@ class Engine:
     def shard(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `gather`."""
         return dict(named)
+
+
+def on_main(named: Iterable[tuple[str, Tensor]], main: bool) -> dict[str, Tensor]:
+    """Whole tensors, made one at a time by the iterable, in the main rank's host memory; elsewhere none."""
+    kept = {}
+    for name, tensor in named:
+        if main:
+            kept[name] = tensor.cpu()
+    return kept
 
 
 def without_weights(module: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from flashvsr.models.lr_projector import LRProjector
 from train.checkpoint import load_optimizer, optimizer_tensors
 from train.launch import World
 from train.optim import squared_norm
-from train.parallel.engine import Engine, Optimizer, without_weights
+from train.parallel.engine import Engine, Optimizer, on_main, without_weights
 
 UNITS = (Block, LRProjector)  # gathered one at a time; what is left of the role is gathered as a whole
 
@@ -36,7 +36,7 @@ class Fsdp2Engine(Engine):
                 fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
         super().__init__(module, build_optimizer, clip)
-        self.size = world.size
+        self.size, self.main = world.size, world.is_main
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -53,11 +53,17 @@ class Fsdp2Engine(Engine):
         return {name: p.detach().to_local() for name, p in super().trained().items()}
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: _full(tensor.detach()) for name, tensor in self.module.state_dict().items()}
+        return on_main(self._each(), self.main)
+
+    def _gathered(self) -> dict[str, Tensor]:
+        return dict(self._each())
+
+    def _each(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _full(tensor.detach())) for name, tensor in self.module.state_dict().items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         state = optimizer_tensors(self.optimizer, super().trained())
-        return {name: _full(tensor) for name, tensor in state.items()}
+        return on_main(((name, _full(tensor)) for name, tensor in state.items()), self.main)
 
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         own = self.module.state_dict()
@@ -79,7 +85,7 @@ class Fsdp2Engine(Engine):
                 local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
             ).full_tensor()
 
-        return {n: whole(n, t) if n in params else t for n, t in named.items()}
+        return on_main(((n, whole(n, t) if n in params else t) for n, t in named.items()), self.main)
 
     def shard(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         params = dict(self.module.named_parameters())

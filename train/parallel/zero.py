@@ -21,14 +21,19 @@ from flashvsr.base.cli import UserError
 from train.checkpoint import MOMENTS
 from train.launch import World
 from train.optim import set_lr
-from train.parallel.engine import Engine, Optimizer, without_weights
+from train.parallel.engine import Engine, Optimizer, on_main, without_weights
 
 
 class ZeroEngine(Engine):
     def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float, world: World, level: int):
         deepspeed = _deepspeed(world)
         super().__init__(module, build_optimizer, clip)
-        self.size, self.rank, self.weights_sharded = world.size, world.rank, level == 3
+        self.size, self.rank, self.main, self.weights_sharded = (
+            world.size,
+            world.rank,
+            world.is_main,
+            level == 3,
+        )
         if self.weights_sharded:
             self.skeleton = without_weights(module)
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
@@ -57,17 +62,25 @@ class ZeroEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         if not self.weights_sharded:
             return super().weights()
-        state = self.module.state_dict()
-        return self.gather({n: self._parameters().get(n, t) for n, t in state.items()})
+        return on_main(self._each(), self.main)
+
+    def _gathered(self) -> dict[str, Tensor]:
+        return dict(self._each()) if self.weights_sharded else super().weights()
+
+    def _each(self) -> Iterator[tuple[str, Tensor]]:
+        params = self._parameters()
+        for name, tensor in self.module.state_dict().items():
+            yield name, self._join(params[name], params[name].ds_tensor) if name in params else tensor
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
+        return on_main(self._moments(), self.main)
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         steps = self._steps()
         for name, p in super().trained().items():
-            state[f"{name}/step"] = torch.tensor(steps, dtype=torch.float32)
+            yield f"{name}/step", torch.tensor(steps, dtype=torch.float32)
             for key in MOMENTS if steps else ():
-                state[f"{name}/{key}"] = self._moment(p, key)
-        return state
+                yield f"{name}/{key}", self._moment(p, key)
 
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         self._load_weights(weights)
@@ -89,7 +102,8 @@ class ZeroEngine(Engine):
         if not self.weights_sharded:
             return dict(named)
         params = self._parameters()
-        return {n: self._join(params[n], t) if n in params else t for n, t in named.items()}
+        whole = ((n, self._join(params[n], t) if n in params else t) for n, t in named.items())
+        return on_main(whole, self.main)
 
     def shard(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.weights_sharded:
@@ -103,7 +117,6 @@ class ZeroEngine(Engine):
         return dict(self.module.named_parameters())
 
     def _join(self, like: nn.Parameter, local: Tensor) -> Tensor:
-        local = local.ds_tensor if isinstance(local, nn.Parameter) else local
         flat = local.new_empty(local.numel() * self.size)
         dist.all_gather_into_tensor(flat, local.contiguous())
         return flat[: like.ds_numel].view(like.ds_shape)
