@@ -111,6 +111,8 @@ def eval_command(argv: list[str]) -> None:
         default="auto",
         help="auto (torch's hub cache, else random), random, or a torchvision checkpoint",
     )
+    add("--flow", default="lk", choices=["lk", "raft"], help="of the warping errors (default: %(default)s)")
+    add("--dover", metavar="FILE", help="DOVER's weights, for its metrics")
     add(
         "--device",
         default="auto",
@@ -156,7 +158,7 @@ def evaluate_to_report(a: argparse.Namespace) -> None:
     refuse_twice("data sets", [test_set.name for test_set in test_sets], "give each its own NAME=DIR")
     devices = parse_devices(a.device, a.workers)
     bfloat = a.dtype == "bfloat16" or (a.dtype == "auto" and devices[0] != "cpu")
-    choice = MetricChoice(tuple(a.metrics.split(",")), a.crop, a.lpips_net, a.lpips_weights)
+    choice = MetricChoice(tuple(a.metrics.split(",")), a.crop, a.lpips_net, a.lpips_weights, a.flow, a.dover)
     out = Path(a.out)
     cache = Cache(out / "cache" if a.cache is None else a.cache, a.fresh)
     job, metrics = job_for(choice, cache, a.align, torch.bfloat16 if bfloat else torch.float32, devices)

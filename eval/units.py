@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.cache import Cache, Output, code_hash, digest
+from eval.cache import Cache, Output, code_hash, digest, files_hash
 from eval.datasets import Clip, TestSet
 from eval.methods import Method
 from eval.metrics import Lpips
@@ -27,12 +28,21 @@ class MetricChoice:
     crop: int = 0
     lpips_net: str = "alex"
     lpips_weights: str = "auto"
+    flow: str = "lk"
+    dover: str | None = None
 
     def suite(self, device: str = "cpu") -> Suite:
         lpips = None
         if {"lpips", "tlpips"} & set(self.names):
             lpips = Lpips(self.lpips_net, self.lpips_weights)
-        return metrics_for(self.names, crop=self.crop, device=device, lpips=lpips)
+        return metrics_for(
+            self.names, crop=self.crop, device=device, lpips=lpips, flow=self.flow, dover=self.dover
+        )
+
+    def files(self) -> dict[str, str]:
+        """Hashes of the weights' files that were given."""
+        given = [path for path in (self.lpips_weights, self.dover) if path and Path(path).is_file()]
+        return {path: files_hash([Path(path)]) for path in given}
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ def job_for(
         "torch": torch.__version__,
         "device": torch.device(devices[0]).type,
         "crop": choice.crop,
+        "weights": sorted(choice.files().values()),
     }
     prints = {m.key: {"key": m.key, "description": m.description, **common} for m in suite.metrics}
     needs_gt = {m.key: m.needs_gt for m in suite.metrics}
