@@ -5,9 +5,10 @@ import torch
 
 from flashvsr.config import VAEConfig
 from flashvsr.models.wan_vae import WanVAE
+from train.losses.attention_kl import attention_kl, visible_blocks
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching, segment_errors
-from train.losses.pixel import decode_window, difference, lpips_frames, mse, window_frames
+from train.losses.pixel import decode_window, difference, frame_weights, lpips_frames, mse, window_frames
 from train.stages.feed import encode_clip
 
 
@@ -135,3 +136,46 @@ def test_difference_sees_change_and_not_a_constant_offset():
     flicker = torch.tensor([0.0, 1.0, 0.0, 1.0]).reshape(1, 1, 4, 1, 1)
     assert torch.allclose(difference(hr + 0.7, hr), torch.zeros(2), atol=1e-12)
     assert torch.allclose(difference(hr + 0.5 * flicker, hr), torch.full((2,), 0.25), rtol=1e-5)
+
+
+def test_attention_kl_equals_a_loop_over_pairs():
+    visible, per_chunk = [[0, 1], [0, 1], [1, 2]], 2
+    seen = visible_blocks(visible, per_chunk, torch.device("cpu"))
+    student, teacher = (
+        [(randn(2, 3, 6, 4, seed=s + i), randn(2, 3, 6, 4, seed=s + 9 + i)) for i in range(2)]
+        for s in (0, 50)
+    )
+    expected = torch.zeros(2, dtype=torch.float64)
+    for (qs, ks), (qt, kt) in zip(student, teacher, strict=True):
+        for b in range(2):
+            for head in range(3):
+                for row in range(6):
+                    columns = [c * per_chunk + i for c in visible[row // per_chunk] for i in range(per_chunk)]
+
+                    def p(q, k, b=b, head=head, row=row, columns=columns):
+                        scores = [(q[b, head, row].double() @ k[b, head, c].double()) / 2 for c in columns]
+                        return torch.stack(scores).softmax(0)
+
+                    target, own = p(qt, kt), p(qs, ks)
+                    expected[b] += (target * (target / own).log()).sum() / (2 * 3 * 6)
+    assert torch.allclose(attention_kl(student, teacher, seen).double(), expected, rtol=1e-5)
+    assert attention_kl(teacher, teacher, seen).abs().max() < 1e-6
+
+
+def test_the_first_frame_weighs_as_asked_and_only_where_it_is():
+    sr, hr = randn(2, 3, 5, 12, 12), randn(2, 3, 5, 12, 12, seed=1)
+    weights = frame_weights(0, 5, 3.0, torch.device("cpu"))
+    frames = (sr - hr).double().square().mean((1, 3, 4))
+    expected = (3 * frames[:, 0] + frames[:, 1:].sum(1)) / 7
+    assert torch.allclose(mse(sr, hr, weights).double(), expected, rtol=1e-6)
+    assert torch.allclose(mse(sr, hr), (sr - hr).square().flatten(1).mean(1), rtol=1e-6)
+    assert frame_weights(1, 8, 3.0, torch.device("cpu")) is None
+
+    def distance(x, y):
+        return (x - y).abs().flatten(1).mean(1)
+
+    frames = (sr - hr).double().abs().mean((1, 3, 4))
+    expected = (3 * frames[:, 0] + frames[:, 1:].sum(1)) / 7
+    for one_by_one in (True, False):
+        value = lpips_frames(distance, sr, hr, weights, frame_by_frame=one_by_one)
+        assert torch.allclose(value.double(), expected, rtol=1e-6)

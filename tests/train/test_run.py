@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from train import loop
 from train.config import compose
 from train.launch import World
 from train.stages import make_stage
+from train.turns import reduce
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 SMALL = [
@@ -233,3 +235,59 @@ def test_the_decoder_can_learn_on_what_the_student_streams(runs):
     losses = stage.pixel_loss(inputs, draw)
     assert {"mse", "lpips", "difference", "vae_mse", "vae_lpips"} == losses.terms.keys()
     assert "latent" not in micro["segments"][0]  # nothing of HR is encoded for it
+
+
+def first_inputs(stage):
+    micro = next(stage.feed.batches(stage.feed.clips("train"), 0))
+    draw = Draw(3, 0, micro["counters"].tolist())
+    return stage.prepare(micro, draw), draw
+
+
+def test_stage_2_can_follow_the_dense_teacher(runs):
+    """A student that sees everything (three chunks, no selection) and reads LR as the teacher does is the
+    teacher: velocity and maps agree. The causal plan and projector part them; only the student learns."""
+    options = ["stage.loss.teacher=1", "stage.loss.attention_kl=1", "stage.loss.flow=0"]
+    stage = make_stage(config("sparse_causal", runs, *options, "stage.sparse_ratio=null"), WORLD)
+    inputs, draw = first_inputs(stage)
+    short = replace(inputs, latents=[inputs.latents[0][:, :, :6]], lr=[inputs.lr[0][:, :, :25]])
+    student = stage.roles["student"].module
+    causal, student.lr_projector.config = student.lr_projector.config, stage.teacher.lr_projector.config
+    same = stage.flow_loss(short, draw)
+    assert same.terms["teacher"].item() < 1e-9 and abs(same.terms["attention_kl"].item()) < 1e-6
+    student.lr_projector.config = causal
+    losses = stage.flow_loss(inputs, draw)
+    assert losses.terms["teacher"].item() > 1e-6 and losses.terms["attention_kl"].item() > 1e-6
+    reduced = reduce(losses, 1)
+    reduced.surrogate.backward()
+    assert reduced.squares["attention_kl"] > 0 and reduced.squares["flow"] == 0
+    assert student.dit.blocks[0].self_attn.q.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in stage.teacher.parameters())
+
+
+def test_stage_3_can_begin_with_regression_and_give_the_fake_a_projector(runs):
+    options = ["stage.regression_steps=2", "stage.fake_projector=own", "stage.loss.first_frame=4"]
+    stage = make_stage(config("one_step", runs, *options), WORLD)
+    inputs, draw = first_inputs(stage)
+    warm = stage.student_loss(inputs, draw)
+    expected = (warm.outputs[0] - inputs.latents[0]).square().mean()
+    assert warm.terms.keys() == {"regression"}
+    assert warm.terms["regression"].item() == pytest.approx(expected.item(), rel=1e-5)
+    later = stage.student_loss(inputs, Draw(3, 2, draw.ids))
+    assert later.terms.keys() == {"dmd", "mse", "lpips"}
+    fake = stage.roles["fake"]
+    shared = make_stage(config("one_step", runs), WORLD)
+    assert fake.count - shared.roles["fake"].count == sum(
+        p.numel() for p in stage.teacher.lr_projector.parameters()
+    )
+    losses = stage.fake_loss(inputs, draw)
+    losses.terms["fake"].sum().backward()
+    losses.outputs[0].backward(losses.at[0].grad)
+    assert all(p.grad is not None for p in fake.module.lr_projector.parameters())
+    assert all(p.grad is None for p in stage.teacher.parameters())
+
+
+def test_distribution_matching_alone_decodes_nothing(runs):
+    stage = make_stage(config("one_step", runs, "stage.loss.mse=0", "stage.loss.lpips=0"), WORLD)
+    inputs, draw = first_inputs(stage)
+    assert "latent" not in next(stage.feed.batches(stage.feed.clips("train"), 0))["segments"][0]
+    assert stage.student_loss(inputs, draw).terms.keys() == {"dmd"}

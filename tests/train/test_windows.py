@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.stages.windows import draw_window
+from train.stages.windows import draw_window, ramped
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ def test_full_window_has_its_half():
         draw_window(11, i / 1000, 0, random_window=True, random_history=False) == 11 for i in range(1000)
     )
     assert full == 500
+
+
+def test_sparsity_grows_linearly_and_then_stays():
+    assert [ramped(step, 2.0, 6.0, 4) for step in range(6)] == [6.0, 5.0, 4.0, 3.0, 2.0, 2.0]
+    assert ramped(-1, 2.0, 6.0, 4) == 2.0  # validation
+    assert ramped(0, 2.0, None, 0) == 2.0 and ramped(5, None, None, 0) is None

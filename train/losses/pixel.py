@@ -49,9 +49,24 @@ def fill(decode: Decode, stop: int) -> Any:
     return memory
 
 
-def mse(sr: Tensor, hr: Tensor) -> Tensor:
-    """Mean squared error per sample, `B`; `B 3 F H W` in [-1,1], not clamped."""
-    return (sr.float() - hr.float()).square().flatten(1).mean(1)
+def mse(sr: Tensor, hr: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample, `B`; `B 3 F H W` in [-1,1], not clamped; `weights` of frames, `F`."""
+    return mean_of_frames((sr.float() - hr.float()).square().mean((1, 3, 4)), weights)
+
+
+def mean_of_frames(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`B F` -> `B`."""
+    return values.mean(1) if weights is None else (values * weights).sum(1) / weights.sum()
+
+
+def frame_weights(first: int, frames: int, first_frame: float, device: torch.device) -> Tensor | None:
+    """Weights of the frames of a window whose first latent is `first`: frame 0 of the clip counts
+    `first_frame` times as much as any other; None where all count the same."""
+    if first > 0 or first_frame == 1:
+        return None
+    weights = torch.ones(frames, device=device)
+    weights[0] = first_frame
+    return weights
 
 
 def difference(sr: Tensor, hr: Tensor) -> Tensor:
@@ -60,15 +75,21 @@ def difference(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def lpips_frames(
-    lpips: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor, *, frame_by_frame: bool = False
+    lpips: Callable[[Tensor, Tensor], Tensor],
+    sr: Tensor,
+    hr: Tensor,
+    weights: Tensor | None = None,
+    *,
+    frame_by_frame: bool = False,
 ) -> Tensor:
-    """LPIPS averaged over a clip's frames, `B`.
+    """LPIPS averaged over a clip's frames (`weights`, `F`), `B`.
 
     `frame_by_frame` computes one frame at a time, and again in the backward pass: features of one frame in
     memory.
     """
     x, y = (clip.float().transpose(1, 2) for clip in (sr, hr))
     if not frame_by_frame:
-        return lpips(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+        return mean_of_frames(lpips(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2]), weights)
     pairs = zip(x.unbind(1), y.unbind(1), strict=True)
-    return torch.stack([checkpoint(lpips, a, b, use_reentrant=False) for a, b in pairs], 1).mean(1)
+    values = torch.stack([checkpoint(lpips, a, b, use_reentrant=False) for a, b in pairs], 1)
+    return mean_of_frames(values, weights)

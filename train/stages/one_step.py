@@ -4,6 +4,9 @@ student  stage 2's weights, chunk-causal and block-sparse; input pure noise at s
          z = noise - v. Losses: DMD, and MSE + 2 LPIPS on the frames of two latents.
 teacher  stage 1, frozen, dense over the same latents, its own features of the same LR.
 fake     starts as the teacher, same attention and features; flow matching on the student's z, every step.
+
+Options: a projector of the fake's own, more weight on a clip's first frame, and steps of plain regression to
+the latents of HR before the distillation begins.
 """
 
 from __future__ import annotations
@@ -16,18 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flashvsr
-from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.flow import add_noise, denoised, shift_sigma
 from flashvsr.models.denoiser import Denoiser
 from flashvsr.streaming.upscaler import StreamingUpscaler
-from flashvsr.weights.folder import FlashVSR, ModelInfo
+from flashvsr.weights.folder import ModelInfo
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
-from train.losses.pixel import mse, window_frames
+from train.losses.pixel import frame_weights, mse, window_frames
 from train.stages.feed import Inputs
-from train.stages.shared import LOADED, Loss, Stage
+from train.stages.shared import Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, attention_in_use, causal_plan, step_window
 from train.turns import Losses
 from train.validate import run_method
@@ -36,7 +37,8 @@ from train.validate import run_method
 class OneStep(Stage):
     def build(self) -> None:
         self.frozen_vae = self.vae()
-        self.frozen_vae.checkpointing = self.config.checkpointing
+        self.encodes = self.config.stage.regression_steps > 0
+        self.frozen_vae.checkpointing = self.config.recomputes
         start = self.find("dit", ["sparse", "one-step"] if self.config.init else ["sparse"])
         mode = replace(start.config.lr_projector, mode="causal")
         self.sizes = replace(start.config, lr_projector=mode, vae=self.frozen_vae.config)
@@ -45,20 +47,11 @@ class OneStep(Stage):
         self.roles["student"] = self.engine(start.denoiser())
         self.teacher = None
         if self.config.stage.loss.dmd:
-            self.teacher = self.frozen(self._teacher().denoiser())
-            fake = Denoiser(copy.deepcopy(self.teacher.dit))
+            self.teacher = self.frozen(self.of_stage_1("; without a teacher set stage.loss.dmd=0").denoiser())
+            own = self.config.stage.fake_projector == "own"
+            projector = copy.deepcopy(self.teacher.lr_projector) if own else None
+            fake = Denoiser(copy.deepcopy(self.teacher.dit), projector)
             self.roles["fake"] = self.engine(fake, lr=self.config.stage.fake_lr)
-
-    def _teacher(self) -> FlashVSR:
-        if self.config.teacher is None:
-            try:
-                return self.of_run("dit", ["teacher"])
-            except UserError as error:
-                raise UserError(f"{error}; without a teacher set stage.loss.dmd=0") from None
-        model = flashvsr.load(self.config.teacher, parts=LOADED["dit"])
-        if model.info.kind != "teacher":
-            raise UserError(f"teacher={self.config.teacher} is a {model.info.kind} model, not one of stage 1")
-        return model
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
         inputs = self.feed.inputs(micro, segments=1)
@@ -71,6 +64,12 @@ class OneStep(Stage):
         learns = (step + 1) % self.config.stage.student_every == 0 or self.teacher is None
         fake = [] if self.teacher is None else [("fake", self.fake_loss)]
         return [*fake, ("student", self.student_loss)] if learns else fake
+
+    def features_of(self, role: str, inputs: Inputs) -> dict[str, Any]:
+        """What the teacher or the fake score is told of LR: the teacher's features, or LR for a projector of
+        its own."""
+        own = role == "fake" and self.config.stage.fake_projector == "own"
+        return {"lr": inputs.lr} if own else {"features": inputs.extra["features"]}
 
     def student(self, run: Any, inputs: Inputs, draw: Draw, window: int) -> Tensor:
         """z = noise - v at sigma 1, `B 16 n h w`: from noise and LR alone."""
@@ -91,7 +90,7 @@ class OneStep(Stage):
         plan = self.dense_plan([z], self.sizes.dit.head_dim)
         with self.autocast():
             predicted = self.roles["fake"](
-                [add_noise(z, noise, sigma)], sigma[:, None], plan, features=inputs.extra["features"]
+                [add_noise(z, noise, sigma)], sigma[:, None], plan, **self.features_of("fake", inputs)
             )
         losses = Losses.of(predicted)
         losses.add("fake", flow_matching(losses.at, [z], [noise]))
@@ -101,14 +100,23 @@ class OneStep(Stage):
         z = self.student(self.roles["student"], inputs, draw, step_window(self, draw))
         losses, weights = Losses.of([z]), self.config.stage.loss
         (at,) = losses.at
+        if draw.step_number < self.config.stage.regression_steps:
+            losses.add("regression", mse(at, inputs.latents[0]))
+            return losses
         if self.teacher is not None:
             losses.add("dmd", dmd(at, self.direction(at.detach(), inputs, draw)), weights.dmd)
-        count = self.config.stage.pixel_latents
-        first = int(draw.step("pixel.window") * (z.shape[2] - count + 1))
-        sr, hr = self.vae_frames(at, first, count), inputs.hr[0][:, :, window_frames(first, count)]
-        losses.add("mse", mse(sr, hr), weights.mse)
-        losses.add("lpips", self.lpips_loss(sr, hr), weights.lpips)
+        if weights.mse or weights.lpips:
+            self._add_pixels(losses, at, inputs, draw)
         return losses
+
+    def _add_pixels(self, losses: Losses, z: Tensor, inputs: Inputs, draw: Draw) -> None:
+        """MSE and LPIPS on the frames of a random window of latents."""
+        weights, count = self.config.stage.loss, self.config.stage.pixel_latents
+        first = int(draw.step("pixel.window") * (z.shape[2] - count + 1))
+        sr, hr = self.vae_frames(z, first, count), inputs.hr[0][:, :, window_frames(first, count)]
+        frames = frame_weights(first, sr.shape[2], weights.first_frame, self.device)
+        losses.add("mse", mse(sr, hr, frames), weights.mse)
+        losses.add("lpips", self.lpips_loss(sr, hr, frames), weights.lpips)
 
     @torch.no_grad()
     def direction(self, z: Tensor, inputs: Inputs, draw: Draw) -> Tensor:
@@ -117,10 +125,10 @@ class OneStep(Stage):
         sigma = shift_sigma(draw.uniform("dmd.sigma", low, high)).to(self.device)
         point = add_noise(z, self.noise(draw, "dmd.noise", z), sigma)
         estimates = []
-        for module in (self.teacher, self.roles["fake"]):
+        for role, module in (("teacher", self.teacher), ("fake", self.roles["fake"])):
             plan = self.dense_plan([z], self.sizes.dit.head_dim)
             with self.autocast():
-                (v,) = module([point], sigma[:, None], plan, features=inputs.extra["features"])
+                (v,) = module([point], sigma[:, None], plan, **self.features_of(role, inputs))
             estimates.append(denoised(point, v.float(), sigma))
         return dmd_direction(z, *estimates)
 

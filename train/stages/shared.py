@@ -25,10 +25,10 @@ from flashvsr.weights.folder import FlashVSR, ModelInfo, newest
 from train.config import STAGES, TrainConfig
 from train.ema import Ema
 from train.launch import World
-from train.lora import inject
 from train.losses.pixel import decode_window, lpips_frames
 from train.optim import build_optimizer
 from train.parallel import make_engine
+from train.parallel.apply import compile_blocks, ready_to_train
 from train.parallel.engine import Engine
 from train.stages.feed import Feed, Inputs
 from train.turns import Losses
@@ -39,7 +39,6 @@ LOADED = {  # what is read from a model folder to start from a part of it
     "vae": ("vae",),
     "tc_decoder": ("tc_decoder",),
 }
-FROZEN = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.", "text_embedding.")  # the prompt stays exact
 
 
 class Stage:
@@ -135,6 +134,18 @@ class Stage:
             )
         return flashvsr.load(folder, parts=LOADED[part])
 
+    def of_stage_1(self, advice: str = "") -> FlashVSR:
+        """The teacher: from `teacher=`, else stage 1 of this run; `advice` ends the error without one."""
+        if self.config.teacher is None:
+            try:
+                return self.of_run("dit", ["teacher"])
+            except UserError as error:
+                raise UserError(f"{error}{advice}") from None
+        model = flashvsr.load(self.config.teacher, parts=LOADED["dit"])
+        if model.info.kind != "teacher":
+            raise UserError(f"teacher={self.config.teacher} is a {model.info.kind} model, not one of stage 1")
+        return model
+
     def vae(self) -> WanVAE:
         """The frozen VAE on the device."""
         return self.find("vae").vae.to(self.device).requires_grad_(False).eval()
@@ -157,6 +168,7 @@ class Stage:
         return random_prompt(self.model_config().dit, self.config.seed)
 
     def frozen(self, denoiser: Denoiser) -> Denoiser:
+        compile_blocks(denoiser, self.config)
         return denoiser.to(self.device).requires_grad_(False).eval()
 
     def engine(self, module: nn.Module, lr: float | None = None) -> Engine:
@@ -218,9 +230,9 @@ class Stage:
             print(lpips.description, flush=True)
         return lpips
 
-    def lpips_loss(self, sr: Tensor, hr: Tensor) -> Tensor:
-        """Per sample, `B`; one frame at a time where memory counts."""
-        return lpips_frames(self.lpips, sr, hr, frame_by_frame=self.config.checkpointing)
+    def lpips_loss(self, sr: Tensor, hr: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Per sample, `B`; one frame at a time where memory counts; `weights` of the frames."""
+        return lpips_frames(self.lpips, sr, hr, weights, frame_by_frame=self.config.recomputes)
 
     def vae_frames(self, z: Tensor, first: int, count: int) -> Tensor:
         """VAE frames of `count` latents of `z` from `first`; earlier ones only fill the decoder's memory."""
@@ -237,20 +249,6 @@ class Stage:
 
     def noise(self, draw: Draw, name: str, like: Tensor) -> Tensor:
         return draw.normal(name, tuple(like.shape[1:])).to(self.device)
-
-
-def ready_to_train(module: nn.Module, config: TrainConfig) -> nn.Module:
-    """In place: what must stay fixed is fixed, the adapter is in, checkpointing is as asked."""
-    module.train()
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in FROZEN))
-    if isinstance(module, Denoiser):
-        dit, stage = module.dit, config.stage
-        dit.checkpointing = config.checkpointing
-        if stage.lora_rank:
-            dit.requires_grad_(False)
-            inject(dit, stage.lora_targets, stage.lora_rank, seed=config.seed)
-    return module
 
 
 def relative(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""The random attention window of stages 2 and 3, in chunks (a leftover of training in the released code)."""
+"""What a student may see at a step: the random attention window of stages 2 and 3, in chunks (a leftover of
+training in the released code), and the share of blocks within it."""
 
 from __future__ import annotations
 
@@ -28,3 +29,10 @@ def draw_window(
     if random_history:
         window = min(w, math.floor(2 + history**2 * (w - 4)) + 1)
     return min(max(window, 3), chunks)
+
+
+def ramped(step: int, ratio: float | None, start: float | None, ramp: int) -> float | None:
+    """The sparse_ratio of a step (0 is the first): from `start` linearly to `ratio` over `ramp` steps."""
+    if step < 0 or step >= ramp:  # validation draws are those of step -1
+        return ratio
+    return start + (ratio - start) * step / ramp
