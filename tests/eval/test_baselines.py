@@ -50,7 +50,7 @@ def test_lanczos_keeps_more_detail_than_bicubic():
     x = np.arange(240)[None].repeat(40, 0)
     hr = 127.5 + 100 * np.sin(2 * np.pi * (x + 0.5) / 9.6)
     hr = np.stack([hr.round().astype(np.uint8)] * 3, -1)
-    lr = np.asarray(Image.fromarray(hr).resize((60, 10), Image.LANCZOS))[None]
+    lr = np.array(Image.fromarray(hr).resize((60, 10), Image.LANCZOS))[None]
     errors = [np.abs(m.push(lr)[0].numpy().astype(int) - hr).mean() for m in (Bicubic(4), Lanczos(4))]
     assert errors[1] < errors[0]
 
@@ -191,7 +191,7 @@ def operations(module, x) -> int:
 
 def test_parameters_and_operations():
     """6.29 M and 8.69 M, not the 28.8 M of a popular guide; operations of a frame from 192x320 to 768x1280,
-    60 times 32x32. One of IconVSR's keyframes costs nearly what a frame of BasicVSR does: it saves nothing."""
+    60 times 32x32. One of IconVSR's keyframes costs nearly as much as a frame of BasicVSR."""
     networks = {kind: NETWORKS[kind]().eval() for kind in NETWORKS}
     sizes = {kind: sum(p.numel() for p in net.parameters()) for kind, net in networks.items()}
     assert sizes == {"basicvsr": 6_291_311, "iconvsr": 8_694_991}
