@@ -1,7 +1,7 @@
 """The page's numbers: tables with their protocol, a verdict, and charts of clips, frames and cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.published import published_table
@@ -16,7 +16,7 @@ _EARLY = "Best marked, second underlined; small: the interval of the mean over c
 def tables(page: Page, evaluation: dict[str, Any], dataset: dict[str, Any]) -> None:
     """The means of one set, and how they came about."""
     page.heading(dataset["name"])
-    _table(page, *table(evaluation, dataset["name"]), "method")
+    _table(page, *table(evaluation, dataset["name"]), "method", _untrained(evaluation))
     page.protocol([_EARLY, *protocol_lines(_only(evaluation, dataset))])
 
 
@@ -33,7 +33,7 @@ def costs(page: Page, evaluation: dict[str, Any], dataset: dict[str, Any]) -> No
             title = metric["title"] + arrow(metric["higher"])
             drawn.append(("", charts.scatter(spots, "seconds per frame", title)))
     if drawn:
-        page.heading("Quality over time", level=3)
+        page.heading("Quality and speed", level=3)
         page.charts(drawn, [row["method"] for row in rows])
         if untimed:
             page.text(f"Without a time, so not drawn: {', '.join(untimed)}.")
@@ -69,7 +69,8 @@ def charts_of(page: Page, evaluation: dict[str, Any], dataset: dict[str, Any]) -
     page.charts(drawn, methods)
     for clip in dataset["clips"]:
         with page.fold(f"{clip['name']}, {clip['frames']} frames"):
-            _table(page, *table(evaluation, dataset["name"], clip["name"]), clip["name"])
+            numbers = table(evaluation, dataset["name"], clip["name"])
+            _table(page, *numbers, clip["name"], _untrained(evaluation))
             _reasons(page, by_clip[clip["name"]], evaluation["metrics"])
             lines = [
                 ("", _over_frames(by_clip[clip["name"]], methods, metric)) for metric in evaluation["metrics"]
@@ -143,18 +144,32 @@ def _only(evaluation: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]
     return {**evaluation, **own, "datasets": [dataset], "metrics": metrics}
 
 
-def _table(page: Page, heads: Sequence[str], rows: Sequence[Row], title: str) -> None:
-    """What eval.results prints elsewhere, the interval "(low to high)" of a mean beneath it."""
+def _untrained(evaluation: dict[str, Any]) -> dict[str, str]:
+    """What must stand beside the name of a method that says its weights were never trained."""
+    said = {m["name"]: str(m["in_use"].get("weights", "")) for m in evaluation["methods"]}
+    return {name: "random weights" for name, weights in said.items() if weights.startswith("random")}
+
+
+def _table(
+    page: Page,
+    heads: Sequence[str],
+    rows: Sequence[Row],
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """What eval.results prints elsewhere, the interval "(low to high)" of a mean beneath it, and a method's
+    note beneath its name."""
     shown, ranks = [], {}
     for name, cells in rows:
-        row: dict[str, Any] = {"method": name}
+        row: dict[str, Any] = {"method": name, "note": (notes or {}).get(name)}
         for i, (text, rank) in enumerate(cells):
             row[f"{i}"], _, span = text.partition(" (")
             row[f"{i} span"] = span.removesuffix(")")
             ranks.setdefault(f"{i}", []).append(rank)
         shown.append(row)
     columns = [("method", title, None), *((f"{i}", head, None) for i, head in enumerate(heads))]
-    page.table(shown, columns, ranks=ranks, under={f"{i}": f"{i} span" for i in range(len(heads))})
+    under = {"method": "note", **{f"{i}": f"{i} span" for i in range(len(heads))}}
+    page.table(shown, columns, ranks=ranks, under=under)
 
 
 def _reasons(page: Page, scores: dict[str, dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> None:

@@ -109,8 +109,8 @@ def _show(page: Page, place: str, seen: Seen) -> None:
     reference = list(panes.values())[-1]
     if reference.height > 1:
         page.text(f"{label}:")
-        # Strips about a fifth as high as they are wide.
-        page.viewer([(label, panes)], strips=max(1, round(reference.width / 5 / reference.height)))
+        # Strips about an eighth as high as they are wide.
+        page.viewer([(label, panes)], strips=max(1, round(reference.width / 8 / reference.height)))
 
 
 def _read(

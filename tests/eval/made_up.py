@@ -86,7 +86,8 @@ def make_up(folder: Path) -> dict[str, Any]:
         "datasets": datasets,
         "methods": [
             {"name": m, "spec": m, "kind": "bicubic" if m == "bicubic" else "model", "settings": {},
-             "in_use": {} if m == "bicubic" else {"decoder": "vae"}, "fingerprint": None}
+             "in_use": {"bicubic": {}, "ours": {"decoder": "vae"}}.get(m, {"weights": "random (seed 0)"}),
+             "fingerprint": None}
             for m in METHODS
         ],
         "metrics": METRICS,
