@@ -23,7 +23,8 @@ from train.stages.shared import Stage
 # A group stands for its keys. Where the clips lie may change, what they are may not: their hash is compared.
 FREE = {
     "run", "runs_dir", "save_every", "validate_every", "keep_last", "keep_every", "async_save", "resume",
-    "log", "parallel", "micro_batch_size", "checkpointing", "device", "expect", "stage.attention",
+    "log", "parallel", "micro_batch_size", "checkpointing", "compile", "offload", "device", "expect",
+    "stage.attention",
     "scale.train",  # of all stages; what this one reads of it stands under its own keys
     "data.shards", "data.workers", "data.cache_dir", "data.cache_gb",
 }  # fmt: skip
@@ -145,7 +146,7 @@ class Checkpoints:
         config = self.stage.config
         meta = {
             "stage": config.stage.name,
-            "config": json.loads(json.dumps(asdict(config))),
+            "config": plain(config),
             "counter": position.counter,
             "wandb_id": position.wandb_id,
             "corpus": self._corpus,
@@ -162,8 +163,13 @@ def _parts(stage: Stage) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         yield f"{stage.main}.ema", stage.roles[stage.main].gather(stage.ema.state_dict())
 
 
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def _refuse_changes(config: TrainConfig, old: Mapping[str, Any], was: str = "", now: str = "") -> None:
-    changes = changed(old, json.loads(json.dumps(asdict(config))))
+    changes = changed(old, plain(config))
     if config.optim.schedule == "constant":  # then more steps are the same steps, and more
         changes = [change for change in changes if not change.startswith("steps:")]
     if was != now:

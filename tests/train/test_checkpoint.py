@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact continuation, whole or absent, strict accounting."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from flashvsr.base.cli import UserError
+from train import checkpoint
 from train.checkpoint import latest, load, load_optimizer, optimizer_tensors, save
 from train.ema import Ema
 from train.launch import World
@@ -103,6 +105,47 @@ def test_old_and_abandoned_checkpoints_go(tmp_path):
     save(tmp_path, 35, PARTS.items(), META, keep_last=2)  # resumed from 30: 40 is a future that was given up
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000030", "step-000035"]
     assert latest(tmp_path).name == "step-000035"
+
+
+def test_every_nth_stays_beside_the_newest(tmp_path):
+    for step in range(2, 22, 2):
+        save(tmp_path, step, PARTS.items(), META, keep_last=2, keep_every=6)
+    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["06", "12", "18", "20"]
+    save(tmp_path, 10, PARTS.items(), META, keep_last=2, keep_every=6)  # resumed from 6
+    assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["06", "10"]
+
+
+def test_clock_jumps_do_not_matter(tmp_path, monkeypatch):
+    """Order is by step: the newest has the oldest times, and the next is saved while the clock says 1970."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, PARTS.items(), META, keep_last=3)
+        for path in (tmp_path / f"step-{step:06d}", *(tmp_path / f"step-{step:06d}").iterdir()):
+            os.utime(path, (1e9 - step, 1e9 - step))
+    assert latest(tmp_path).name == "step-000003"
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    (tmp_path / ".step-000004.0a.part").mkdir()
+    save(tmp_path, 4, PARTS.items(), META, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_removing_is_all_or_nothing(tmp_path, monkeypatch):
+    """Killed while the old one is removed: it is either there, whole, or hidden until the next save."""
+    save(tmp_path, 1, PARTS.items(), META, keep_last=1)
+    real = checkpoint.shutil.rmtree
+
+    def killed(path, **options):
+        if ".old." not in path.name:
+            return real(path, **options)
+        os.unlink(path / "manifest.json")
+        raise SystemExit
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(SystemExit):
+        save(tmp_path, 2, PARTS.items(), META, keep_last=1)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-000002"] and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    save(tmp_path, 3, PARTS.items(), META, keep_last=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
 
 
 def test_a_torn_checkpoint_is_skipped_with_a_sentence(tmp_path, capsys):
