@@ -165,8 +165,13 @@ def _place(meeting: Meeting, local_rank: int, n: int) -> dict[str, str]:
         "WORLD_SIZE": str(meeting.size),
         "RANK": str(meeting.first + local_rank),
         "LOCAL_RANK": str(local_rank),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or n) // n))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cpus() // n))),
     }
+
+
+def _cpus() -> int:
+    """How many cores this process may use: a scheduler gives a job its share of them."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _wait(workers: Sequence[subprocess.Popen], meeting: Meeting, told: Mapping[int, float]) -> int:
