@@ -97,7 +97,7 @@ def _places(size: int) -> Tensor:
 
 
 def views(rows: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """The aesthetic view `1 3 32 224 224` of a clip and the technical one `parts 3 32 224 224`, normalised."""
+    """A clip's aesthetic view `1 3 32 224 224` and technical one `parts 3 32 224 224`, normalised."""
     total = len(rows)
     step = total // _LENGTH
     spread = [(step * i + max(0, step - _STRIDE) // 2) % total for i in range(_LENGTH)]

@@ -131,9 +131,7 @@ class Scoring:
         elif lq is not None:
             stacks["lq"] = torch.as_tensor(lq)
         self._check(stacks)
-        together = 1
-        if torch.device(self.suite.device).type != "cpu":
-            together = max(1, _AREA // (sr.shape[1] * sr.shape[2]))
+        together = _together(self.suite.device, sr.shape[1] * sr.shape[2])
         for at in range(0, len(sr), together):
             self._measure({k: self._fitted(v[at : at + together], sr) for k, v in stacks.items()})
 
@@ -188,6 +186,11 @@ class Scoring:
                     f"{metric.key} needs frames of at least {metric.least}x{metric.least} pixels, "
                     f"these are {_size(sr)}{cropped}"
                 )
+
+
+def _together(device: str | torch.device, area: int) -> int:
+    """How many frames of `area` pixels are handled at once."""
+    return 1 if torch.device(device).type == "cpu" else max(1, _AREA // area)
 
 
 def _size(frames: Tensor) -> str:

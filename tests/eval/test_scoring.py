@@ -1,6 +1,7 @@
 """Scoring clips as they come: splits, crops, bad input, bounded memory."""
 
 import gc
+import sys
 
 import numpy as np
 import pytest
@@ -81,3 +82,57 @@ def test_mistakes_are_one_sentence(clips):
         metrics_for(["psnry"])
     with pytest.raises(UserError, match="twice"):
         metrics_for(["psnr", "psnr"])
+
+
+FOR_ALL = ["psnr", "psnr_y", "ssim", "ssim_y", "lpips", "tdiff", "tdiff_ratio", "chunk_edge"]
+FOR_ALL += ["chunk_edge_ratio", "tlpips", "ewarp", "ewarp_delta"]
+
+
+def test_any_split_of_a_clip_gives_the_same_numbers(clips, lpips):
+    suite = metrics_for(FOR_ALL, lpips=lpips)
+    whole, split = scored(suite, *clips), scored(suite, *clips, splits=(1, 7, 0, 2, 8))
+    for key, value in whole.items():
+        assert value.clip == split[key].clip and torch.equal(value.per_frame, split[key].per_frame), key
+
+
+def test_frames_handled_together_as_on_a_gpu_give_the_numbers_of_one_by_one(clips, lpips, monkeypatch):
+    suite = metrics_for(FOR_ALL, lpips=lpips)
+    single = scored(suite, *clips)
+    monkeypatch.setattr("eval.metrics.scoring._together", lambda device, area: 4)
+    for key, value in scored(suite, *clips, splits=(3, 6, 9)).items():
+        torch.testing.assert_close(value.per_frame, single[key].per_frame, rtol=1e-4, atol=1e-6, msg=key)
+        assert value.first == single[key].first
+
+
+def test_niqe_of_frames_together_is_that_of_each(monkeypatch):
+    from skimage.data import coffee
+
+    frames = np.stack([coffee()[:200, :300], coffee()[100:300, 200:500]])
+    suite = metrics_for(["niqe"])
+    single = scored(suite, frames, splits=(2,))["niqe"].per_frame
+    monkeypatch.setattr("eval.metrics.scoring._together", lambda device, area: 2)
+    torch.testing.assert_close(scored(suite, frames, splits=(2,))["niqe"].per_frame, single)
+
+
+def test_ssim_in_strips_is_ssim(clips, monkeypatch):
+    suite = metrics_for(["ssim", "ssim_y"])
+    whole = scored(suite, *clips)
+    monkeypatch.setattr(
+        sys.modules["eval.metrics.ssim"], "_STRIP", {False: 1}
+    )  # strips as narrow as they get
+    for key, value in scored(suite, *clips).items():
+        torch.testing.assert_close(value.per_frame, whole[key].per_frame, rtol=1e-12, atol=0)
+
+
+def test_frames_too_small_or_too_flat_for_niqe():
+    suite = metrics_for(["niqe"])
+    with pytest.raises(UserError, match="at least 96x96"):
+        suite.start().push(np.zeros((1, 95, 300, 3), np.uint8))
+    with pytest.raises(UserError, match="two blocks of 96x96"):
+        suite.start().push(np.zeros((1, 190, 190, 3), np.uint8))
+    texture = np.random.default_rng(0).integers(0, 255, (3, 96, 192, 3), dtype=np.uint8)
+    texture[1] = 0
+    value = scored(suite, texture, splits=(3,))["niqe"]
+    assert value.clip == pytest.approx(value.per_frame[[0, 2]].mean().item()) and "1 of 3" in value.reason
+    black = scored(suite, texture[1:2], splits=(1,))["niqe"]
+    assert black.clip is None and "texture" in black.reason
