@@ -246,6 +246,10 @@ class TrainConfig:
                 f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}, so some "
                 "of these would never be written; change one of them (keep_every=0 keeps the newest only)"
             )
+        if not 0 <= self.log.profile <= self.steps:
+            raise UserError(f"log.profile={self.log.profile} is no step of 1 to steps={self.steps} (0: none)")
+        if self.log.every < 1 or (not isinstance(self.log.peak, str) and self.log.peak <= 0):
+            raise UserError("log.every must be at least 1 step, log.peak above 0 TFLOP/s")
         if min(self.parallel.first_timeout, self.parallel.timeout) <= 0:
             raise UserError("parallel.first_timeout and parallel.timeout are minutes above 0")
         if self.stage.name == "decoder" and self.stage.difference and self.stage.window < 2:
