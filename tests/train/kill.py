@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -159,7 +159,8 @@ class Campaign:
     def __init__(self, folder: Path, steps: int, overrides: Sequence[str], seed: int):
         PRESETS["micro"] = SIZES
         self.folder, self.steps, self.seed = folder, steps, seed
-        self.overrides = [*MICRO, f"steps={steps}", f"data.shards={folder}/data", *overrides]
+        given = [*MICRO, f"steps={steps}", f"data.shards={folder}/data", *overrides]
+        self.configs = {name: compose(name, given) for name in STAGES}
         self.alone: dict[tuple[str, int], float] = {}  # seconds of a step of the run that was left alone
 
     def build(self) -> None:
@@ -169,7 +170,7 @@ class Campaign:
             raise RuntimeError(f"no shards; see {log}")
 
     def config(self, stage: str, runs: Path) -> TrainConfig:
-        return compose(stage, [*self.overrides, f"runs_dir={runs}"])
+        return replace(self.configs[stage], runs_dir=str(runs))
 
     def leave_alone(self, stage: str, processes: int) -> Path:
         """A run of this stage, and of those before it, that nobody kills; where it lies."""
