@@ -125,8 +125,7 @@ def _read(
         sources[method] = lambda count, m=method: outputs.read(m, *names, 0, count)
     if clip["gt"] is not None:
         sources["HR"] = lambda count: outputs.gt(*names, 0, count)
-    last = list(sources)[-1]
-    cut = _cut(list(sources[last](at[len(at) // 2] + 1))[-1], dataset["scale"])
+    cut = _cut(_example(outputs, dataset, clip, at[len(at) // 2]), dataset["scale"])
     count = max(at[-1] + 1, min(clip["frames"], _SLICE[0]))
     frames: list[tuple[str, dict[str, Embedded]]] = [(f"frame {i}", {}) for i in at]
     slices: dict[str, Embedded] = {}
@@ -144,13 +143,17 @@ def _read(
         slices[name] = embed(np.stack(rows))
     first, width = cut.columns
     label = f"x-t slice: row {cut.row}, columns {first} to {first + width - 1}, frames 0 to {len(rows) - 1}"
-    whole = cut.window[2:] == frames_size(clip)
+    whole = cut.window[2:] == (clip["height"], clip["width"])
     return Seen(frames, (label, slices), cut, whole)
 
 
-def frames_size(clip: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of a clip as evaluated."""
-    return clip["height"], clip["width"]
+def _example(outputs: Outputs, dataset: dict[str, Any], clip: dict[str, Any], index: int) -> np.ndarray:
+    """The frame that tells where to look: of HR, or without it of LR, its pixels repeated to HR's size; never
+    of a method, which may be busy where nothing is."""
+    if clip["gt"] is not None:
+        return next(iter(outputs.gt(dataset["name"], clip["name"], index, 1)))
+    small = next(iter(outputs.lq(dataset["name"], clip["name"], index, 1)))
+    return small.repeat(dataset["scale"], axis=0).repeat(dataset["scale"], axis=1)
 
 
 def _frames(count: int) -> list[int]:

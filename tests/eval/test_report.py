@@ -191,6 +191,19 @@ def test_large_frames_show_a_window_and_the_page_keeps_its_budget(evaluation, mo
     assert re.search(r"Left out, to keep the page small: (field, gamma; )?lab, beta\.", said)
 
 
+def test_without_gt_lr_tells_where_to_look(evaluation, tmp_path):
+    own = [s for s in evaluation["scores"] if s["dataset"] == "field"]
+    noise = np.random.default_rng(0).integers(0, 256, (16, WIDTH, 3), np.uint8)
+    (tmp_path / "noisy").mkdir()
+    for i in range(8):  # an output that is busy at the top, where nothing is
+        Image.fromarray(np.vstack([noise, picture(0, i)[16:]])).save(
+            tmp_path / "noisy" / f"frame-{i:06d}.png"
+        )
+    own[-1]["output"] = str(tmp_path / "noisy")
+    images = PageReader(write_report(tmp_path, evaluation, quiet=True).read_text()).images
+    assert len([name for name, _ in images if name.startswith(f"{METHODS[-1]}, x-t slice: row 40,")]) == 3
+
+
 def test_frames_that_are_gone_are_named_not_drawn(evaluation, tmp_path):
     copy = tmp_path / "alpha"
     shutil.copytree(evaluation["scores"][0]["output"], copy)
