@@ -27,6 +27,7 @@ from flashvsr.weights.folder import ModelInfo
 from train.losses.dmd import dmd, dmd_direction
 from train.losses.flow_matching import flow_matching
 from train.losses.pixel import frame_weights, mse, window_frames
+from train.panel import look
 from train.stages.feed import Inputs
 from train.stages.shared import Loss, Stage
 from train.stages.sparse_causal import INFERENCE_WINDOW, attention_in_use, causal_plan, step_window
@@ -141,6 +142,9 @@ class OneStep(Stage):
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         return run_method(StreamingUpscaler(self.live(), decoder="vae"), sample)
+
+    def panel(self, inputs: Inputs, draw: Draw) -> tuple[dict[str, float], dict[str, Tensor]]:
+        return look(self, inputs, draw)
 
     def model_info(self) -> ModelInfo:
         s = self.config.stage

@@ -83,6 +83,11 @@ class Stage:
         """SR frames of a held-out clip by the live model, uint8 `F H W 3`."""
         raise AssertionError("a stage shows what it makes")
 
+    def panel(self, inputs: Inputs, draw: Draw) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Numbers and pictures (uint8 `H W 3`) of a held-out clip that tell how training goes; all ranks call
+        it."""
+        return {}, {}
+
     def model_info(self) -> ModelInfo:
         """What the stage leaves behind, for `flashvsr.json`."""
         raise AssertionError("a stage says what it makes")
