@@ -315,17 +315,20 @@ def write_page(path: Path, found: dict[str, Any], findings: dict[str, Any] | Non
     heads, rows = table_of(found)
     height, width = found["settings"]["size"]
     page = Page(f"Benchmark at {width}x{height}")
-    page.table([dict(enumerate(row)) for row in rows], [(i, head, None) for i, head in enumerate(heads)])
+    columns = [(i, head, None) for i, head in enumerate(heads)]
+    unranked = {i: [None] * len(rows) for i in range(1, len(heads))}  # numbers, of which none is the best
+    page.table([dict(enumerate(row)) for row in rows], columns, ranks=unranked)
     page.protocol([*protocol(found), *(_in_use(row) for row in found["methods"])])
     names = [row["name"] for row in found["methods"]]
     series = {r["name"]: (list(range(len(r["per_frame"]))), r["per_frame"]) for r in found["methods"]}
     latency = charts.lines(series, "output frame", "latency in seconds", log=True, whole=True)
-    delay = charts.dots(
+    speed = charts.dots(
         {name: [r["fps"] if r["name"] == name else None for r in found["methods"]] for name in names},
         names,
         "frames per second",
+        log=True,
     )
-    page.charts([("Latency of every output frame", latency), ("Throughput", delay)], names)
+    page.charts([("Latency of every output frame", latency), ("Throughput", speed)], names)
     if findings is not None:
         page.heading("Since the old run")
         page.table(

@@ -122,13 +122,15 @@ def lines(
     return _svg("".join(parts), WIDTH, HEIGHT, ylabel)
 
 
-def dots(rows: Mapping[str, Sequence[float | None]], names: Sequence[str], xlabel: str) -> str:
+def dots(
+    rows: Mapping[str, Sequence[float | None]], names: Sequence[str], xlabel: str, log: bool = False
+) -> str:
     """A row for each thing of `rows`, in it one mark for each of `names` (None: it has none there).
 
-    A value that is not finite stands at the edge it lies beyond.
+    A value that is not finite stands at the edge it lies beyond; `log` takes values above zero only.
     """
     values = [v for row in rows.values() for v in row if v is not None]
-    axis = axis_of(values)
+    axis = axis_of(values, log)
     height = _TOP + _ROW * len(rows) + _BOTTOM
     left = min(170, max(_LEFT, 12 + 7 * max((len(label) for label in rows), default=0)))
     parts, foot = [], height - _BOTTOM
@@ -145,7 +147,7 @@ def dots(rows: Mapping[str, Sequence[float | None]], names: Sequence[str], xlabe
         for i, value in enumerate(row):
             if value is None or math.isnan(value):
                 continue
-            x = _x(min(max(axis.place(value), 0.0), 1.0), left)
+            x = _x(axis.place(min(max(value, axis.low), axis.high)), left)
             parts.append(f'<path class="mark {colour(i)}" d="{_mark(i)}" transform="translate({x} {y})">'
                          f"<title>{escape(names[i])}: {value:.6g}</title></path>")  # fmt: skip
     parts.append(f'<text x="{(left + WIDTH - _RIGHT) / 2}" y="{height - 6}" text-anchor="middle" '

@@ -264,6 +264,10 @@ def test_charts_put_values_where_their_axes_say():
     assert a[0] == c[0] < b[0] and a[1] == b[1] < c[1]
     assert [re.search(r"s\d", part)[0] for part in svg.split("<path")[1:]] == ["s0", "s1", "s1"]
 
+    svg = charts.dots({"one": [1.0, 10.0, 100.0, float("inf")]}, ["a", "b", "c", "d"], "V", log=True)
+    a, b, c, d = (x for x, _ in places(svg))
+    assert b - a == pytest.approx(c - b, abs=0.2) and c < d <= charts.WIDTH
+
     spots = [
         charts.Spot("a", 0.01, 1.0),
         None,
