@@ -101,17 +101,17 @@ def _communication(module: nn.Module, kind: str, gpus: int, trained: int) -> int
 
 
 def save_spike(config: TrainConfig, modules: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """Bytes of the whole state that a save gathers: on every GPU beside what is there, and in host memory."""
+    """Bytes of the whole state that a save puts into the main rank's host memory; and, where it is sliced, of
+    the largest tensor, which every GPU holds whole meanwhile."""
     host = device = 0
     kind = config.parallel.kind
     for i, module in enumerate(modules.values()):
-        everything = sum(t.nbytes for t in module.state_dict().values())
-        trained = sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
-        ema = trained if i == 0 and config.optim.ema else 0
-        host += everything + 2 * trained + ema
-        device += (everything + ema if kind in ("fsdp2", "zero3") else 0) + (
-            2 * trained if kind != "ddp" else 0
-        )
+        state = [t.nbytes for t in module.state_dict().values()]
+        trained = [4 * p.numel() for p in module.parameters() if p.requires_grad]
+        ema = sum(trained) if i == 0 and config.optim.ema else 0
+        host += sum(state) + 2 * sum(trained) + ema
+        if kind != "ddp":
+            device = max(device, *(state if kind in ("fsdp2", "zero3") else trained))
     return host, device
 
 
@@ -155,10 +155,18 @@ def estimate(config: TrainConfig, gpus: int) -> Costs:
     return costs
 
 
+def _perceptual(config: TrainConfig) -> bool:
+    """Whether LPIPS is among the losses."""
+    s = config.stage
+    if s.name == "one_step":
+        return s.loss.lpips > 0
+    return (s.name == "vae" and s.lpips > 0) or (s.name == "decoder" and max(s.lpips, s.vae_lpips) > 0)
+
+
 def _models(config: TrainConfig, sizes: ModelConfig) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Trained roles, the main one first, and frozen models, as the stage's `build` makes them."""
     s = config.stage
-    frozen = {} if s.name in ("teacher", "sparse_causal") else {"lpips": footprint.make_lpips(config)}
+    frozen = {"lpips": footprint.make_lpips(config)} if _perceptual(config) else {}
     if s.name == "vae":
         return {"vae": footprint.ready_to_train(footprint.WanVAE(sizes.vae), config)}, frozen
     vae = {"frozen vae": footprint.WanVAE(sizes.vae).requires_grad_(False)}
@@ -189,7 +197,7 @@ def _activations(
     if s.name == "vae":
         side = 4 * s.latents - 3, s.crop, s.crop
         costs.inputs = 4 * batch * 3 * math.prod(side)
-        kept = footprint.vae_autoencoder(config, modules["vae"], frozen["lpips"])
+        kept = footprint.vae_autoencoder(config, modules["vae"], frozen.get("lpips"))
         costs.turns["vae"] = {"VAE, LPIPS (approx.)": kept}
         return
     tokens = [math.prod(grid) for grid in grids]
@@ -210,7 +218,7 @@ def _activations(
             fill(lambda start, stop, memory: vae.decode(z[:, :, start:stop], memory), latents - count)
 
     if s.name == "decoder":
-        kept = footprint.tc_pixels(config, modules["decoder"], frozen["lpips"], s.window, size)
+        kept = footprint.tc_pixels(config, modules["decoder"], frozen.get("lpips"), s.window, size)
         costs.turns["decoder"] = {"TC decoder and LPIPS": kept}
         if s.vae_mse or s.vae_lpips:
             costs.turns["decoder"][PREFIX] = footprint.forward_peak(lambda: prefix(0))
@@ -226,7 +234,7 @@ def _activations(
         costs.turns[role] = {"DiT and projector" if role != "fake" else "DiT": kept, **block}
         costs.offloaded = max(costs.offloaded, sent)
     if s.name == "one_step":
-        kept = footprint.vae_pixels(config, vae, frozen["lpips"], s.pixel_latents, size)
+        kept = footprint.vae_pixels(config, vae, frozen.get("lpips"), s.pixel_latents, size)
         costs.turns["student"]["VAE decoder, LPIPS"] = kept
         costs.turns["student"][PREFIX] = footprint.forward_peak(lambda: prefix(s.pixel_latents))
         if s.loss.dmd:

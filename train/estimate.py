@@ -110,8 +110,8 @@ def report(config: TrainConfig, costs: Costs, name: str, gpus: int, efficiency: 
         lines.append(f"{'kept for backward in host memory':54s}{costs.offloaded / GIB:9.3f} GiB")
     for item, size in costs.frozen.items():
         lines.append(f"{f'without gradient, peak: {item}':54s}{size / GIB:9.3f} GiB (approximation)")
-    lines.append(f"{'save: gathered on every GPU':54s}{costs.save_device / GIB:9.3f} GiB")
-    lines.append(f"{'save: whole state in host memory':54s}{costs.save_host / GIB:9.3f} GiB")
+    lines.append(f"{'save: largest tensor, whole on every GPU':54s}{costs.save_device / GIB:9.3f} GiB")
+    lines.append(f"{'save: whole state, host memory of the main rank':54s}{costs.save_host / GIB:9.3f} GiB")
     peak = "fp32" if config.precision == "fp32" else "bf16"
     rate = (gpu.fp32 if peak == "fp32" else gpu.bf16) * 1e12
     seconds = costs.executed * config.global_batch_size / gpus / rate / efficiency

@@ -41,8 +41,10 @@ Grid = tuple[int, int, int]  # latents, rows, columns of tokens
 class Saved:
     """Bytes that the forward passes inside `with` keep; of `known`, tensors or modules, none count."""
 
-    def __init__(self, *known: nn.Module | Tensor):
-        tensors = [t for one in known for t in ([one] if isinstance(one, Tensor) else one.parameters())]
+    def __init__(self, *known: nn.Module | Tensor | None):
+        modules = [one for one in known if isinstance(one, nn.Module)]
+        tensors = [one for one in known if isinstance(one, Tensor)]
+        tensors += [p for module in modules for p in module.parameters()]
         self.own = {t.untyped_storage()._cdata for t in tensors}
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -204,7 +206,9 @@ def make_lpips(config: TrainConfig) -> nn.Module:
     return lpips
 
 
-def vae_pixels(config: TrainConfig, vae: WanVAE, lpips: nn.Module, count: int, size: tuple[int, int]) -> int:
+def vae_pixels(
+    config: TrainConfig, vae: WanVAE, lpips: nn.Module | None, count: int, size: tuple[int, int]
+) -> int:
     """Bytes kept between `count` latents with gradient and the pixel losses of their VAE frames."""
     vae.requires_grad_(False).checkpointing = config.recomputes
     z = torch.zeros(config.micro_batch_size, vae.config.z_dim, count + 1, size[0] // 8, size[1] // 8)
@@ -217,7 +221,7 @@ def vae_pixels(config: TrainConfig, vae: WanVAE, lpips: nn.Module, count: int, s
 
 
 def tc_pixels(
-    config: TrainConfig, decoder: TCDecoder, lpips: nn.Module, count: int, size: tuple[int, int]
+    config: TrainConfig, decoder: TCDecoder, lpips: nn.Module | None, count: int, size: tuple[int, int]
 ) -> int:
     """Bytes kept by the trained decoder and both its losses over a window at the start of a clip."""
     batch = config.micro_batch_size
@@ -229,7 +233,7 @@ def tc_pixels(
     return saved.bytes
 
 
-def vae_autoencoder(config: TrainConfig, vae: WanVAE, lpips: nn.Module) -> int:
+def vae_autoencoder(config: TrainConfig, vae: WanVAE, lpips: nn.Module | None) -> int:
     """Bytes kept by a step of stage vae on its crop."""
     s, batch = config.stage, config.micro_batch_size
     vae.checkpointing = config.recomputes
@@ -240,11 +244,12 @@ def vae_autoencoder(config: TrainConfig, vae: WanVAE, lpips: nn.Module) -> int:
     return saved.bytes
 
 
-def _pixel_losses(config: TrainConfig, lpips: nn.Module, sr: Tensor) -> None:
+def _pixel_losses(config: TrainConfig, lpips: nn.Module | None, sr: Tensor) -> None:
     """Computed one after the other, all kept until each goes back to the frames."""
     frames = sr.detach().requires_grad_()
     mse(frames, torch.zeros_like(frames))
-    lpips_frames(lpips, frames, torch.zeros_like(frames), frame_by_frame=config.recomputes)
+    if lpips is not None:
+        lpips_frames(lpips, frames, torch.zeros_like(frames), frame_by_frame=config.recomputes)
 
 
 @torch.no_grad()
