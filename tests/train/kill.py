@@ -358,9 +358,10 @@ def main(argv: list[str]) -> int:
         campaign = Campaign(Path(folder), args.steps, args.overrides, args.seed)
         campaign.build()
         for processes in args.processes:
-            rows += [campaign.run(name, processes, args.kills, progress) for name in names]
-    if args.out:
-        write_json(args.out, [asdict(row) for row in rows])
+            for name in names:
+                rows.append(campaign.run(name, processes, args.kills, progress))
+                if args.out:
+                    write_json(args.out, [asdict(row) for row in rows])
     print(table(rows))
     for row in rows:
         if row.difference:
