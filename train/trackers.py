@@ -20,6 +20,7 @@ from flashvsr.base.cli import UserError
 from train.config import Log
 
 INIT_SECONDS = 30  # how long W&B may look for its server before the run goes on offline
+FINISH_SECONDS = 300.0  # and send what is left at the end; `wandb sync` sends the rest
 
 
 class Tracker(Protocol):
@@ -42,7 +43,9 @@ class Wandb:
         except ImportError as error:
             raise UserError("log.wandb=true, but wandb is not installed: pip install wandb") from error
         self._wandb, self.id = wandb, run_id or secrets.token_hex(4)
-        settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
+        settings = wandb.Settings(
+            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, console="off", silent=True
+        )
         given = {
             "project": project, "name": name, "id": self.id, "config": dict(config),
             "dir": str(folder), "resume": "allow", "settings": settings,
