@@ -88,7 +88,7 @@ def _train(stage: Stage, stop: StopSignal) -> int:
             if step % config.validate_every == 0 or step in (1, config.steps):
                 telemetry.val(step, *validation(step))
             if step % config.save_every == 0 or step in (1, config.steps) or stopped:
-                checkpoints.save(Position(step, counter, telemetry.wandb_id))
+                checkpoints.save(Position(step, counter, telemetry.wandb_id or position.wandb_id))
             if step == position.step + 1:  # what is compiled is compiled, and the ranks have just met
                 world.set_timeout(config.parallel.timeout)
     if stopped:
