@@ -9,7 +9,8 @@ A metric is a function of a few frames and the frames before them; frames are co
     values = clip.finish()          # {"psnr": Values(...), ...}
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,8 +133,9 @@ class Scoring:
             stacks["lq"] = torch.as_tensor(lq)
         self._check(stacks)
         together = _together(self.suite.device, sr.shape[1] * sr.shape[2])
-        for at in range(0, len(sr), together):
-            self._measure({k: self._fitted(v[at : at + together], sr) for k, v in stacks.items()})
+        with _full_precision(self.suite.device):
+            for at in range(0, len(sr), together):
+                self._measure({k: self._fitted(v[at : at + together], sr) for k, v in stacks.items()})
 
     def finish(self) -> dict[str, Values]:
         """Every metric's Values, by key. Raises UserError where no frame was pushed."""
@@ -186,6 +188,18 @@ class Scoring:
                     f"{metric.key} needs frames of at least {metric.least}x{metric.least} pixels, "
                     f"these are {_size(sr)}{cropped}"
                 )
+
+
+@contextmanager
+def _full_precision(device: str | torch.device) -> Iterator[None]:
+    """float32 as such: no autocast of the caller's, no TF32 in convolutions, so that devices agree."""
+    cudnn = torch.backends.cudnn
+    same = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with (
+        torch.autocast(torch.device(device).type, enabled=False),
+        cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, **same),
+    ):
+        yield
 
 
 def _together(device: str | torch.device, area: int) -> int:

@@ -114,6 +114,16 @@ def test_niqe_of_frames_together_is_that_of_each(monkeypatch):
     torch.testing.assert_close(scored(suite, frames, splits=(2,))["niqe"].per_frame, single)
 
 
+def test_the_callers_autocast_and_tf32_do_not_reach_a_metric(clips, lpips):
+    suite = metrics_for(FOR_ALL, lpips=lpips)
+    plain = scored(suite, *clips, splits=(3,))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    with torch.autocast("cpu", torch.bfloat16):
+        low = scored(suite, *clips, splits=(3,))
+    assert [v.clip for v in low.values()] == [v.clip for v in plain.values()]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
 def test_ssim_in_strips_is_ssim(clips, monkeypatch):
     suite = metrics_for(["ssim", "ssim_y"])
     whole = scored(suite, *clips)
@@ -136,3 +146,12 @@ def test_frames_too_small_or_too_flat_for_niqe():
     assert value.clip == pytest.approx(value.per_frame[[0, 2]].mean().item()) and "1 of 3" in value.reason
     black = scored(suite, texture[1:2], splits=(1,))["niqe"]
     assert black.clip is None and "texture" in black.reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_numbers_of_the_cpu(clips, lpips):
+    on_cpu = scored(metrics_for(FOR_ALL, lpips=lpips), *clips)
+    on_gpu = scored(metrics_for(FOR_ALL, lpips=lpips, device="cuda"), *clips)
+    lpips.to("cpu")
+    for key, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[key].per_frame, value.per_frame, rtol=1e-3, atol=1e-5, msg=key)
