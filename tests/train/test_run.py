@@ -68,6 +68,70 @@ def test_metrics_hold_every_term_and_its_gradient_norm(runs):
     assert {"bicubic/psnr", "val/psnr", "val/loss"} <= last.keys()
 
 
+def test_the_first_step_already_saves_and_validates(runs, tmp_path):
+    shutil.copytree(runs / "mini/vae/export", tmp_path / "start")
+    overrides = ["save_every=100", "validate_every=100", "keep_last=5", f"init={tmp_path}/start", "steps=3"]
+    assert loop.run(config("vae", runs, *overrides, run="first"), WORLD) == 0
+    saved = sorted(path.name for path in (runs / "first/vae/checkpoints").iterdir())
+    assert saved == ["step-000001", "step-000003"]
+    assert [m["step"] for m in metrics(runs, "vae", "first") if m["kind"] == "val"] == [0, 1, 3]
+
+
+def test_validation_gives_the_numbers_of_eval_on_what_it_saved(runs, tmp_path):
+    """`python -m eval` on samples/, read from disk, equals the last `val` line and bicubic's numbers."""
+    from eval.__main__ import main as evaluate
+
+    samples = runs / "mini/stage3/samples"
+    wanted = ["--metrics", "psnr,ssim,lpips,tdiff,chunk_edge_ratio"]
+    methods = ["--method", f"sr={samples}/SR", "--method", "bicubic"]
+    evaluate([*methods, "--data", str(samples), "--out", str(tmp_path / "check"), "--quiet", *wanted])
+    means = json.loads((tmp_path / "check/eval.json").read_text())["means"]
+    *_, last = (m for m in metrics(runs, "stage3") if m["kind"] == "val")
+    for mean, prefix in zip(means, ("val", "bicubic"), strict=True):
+        told = {k: v for k, v in last.items() if k.startswith(f"{prefix}/") and k != "val/loss"}
+        assert len(told) == 5
+        for name, value in told.items():
+            assert mean["values"][name.split("/")[1]]["mean"] == pytest.approx(value, rel=1e-12), name
+    assert (samples / "step-000002.png").exists() and (samples / "step-000002-clip-0.mp4").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(runs, monkeypatch):
+    """With step, role, samples and the last checkpoint; which then continues as if nothing had been."""
+    shutil.copytree(runs / "mini/vae", runs / "broken/vae")
+    for folder in (runs / "mini").glob("*-*"):
+        shutil.copytree(folder, runs / "broken" / folder.name)
+    sound = loop.reduce
+
+    def spoiled(losses, count):
+        if len(list((runs / "broken/stage1/checkpoints").glob("step-*"))):
+            losses.terms["flow"] = losses.terms["flow"] * float("inf")
+        return sound(losses, count)
+
+    monkeypatch.setattr(loop, "reduce", spoiled)
+    said = r"loss/flow of role teacher is not finite at step 2 \(samples .*step-000001: lower"
+    with pytest.raises(UserError, match=said):
+        loop.run(config("teacher", runs, run="broken"), WORLD)
+    monkeypatch.setattr(loop, "reduce", sound)
+    assert loop.run(config("teacher", runs, run="broken"), WORLD) == 0
+    a, b = (flashvsr.load(runs / run / "stage1/export").dit.state_dict() for run in ("mini", "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_profile_of_a_few_steps_is_written_and_printed(runs, tmp_path, capsys):
+    import gzip
+
+    shutil.copytree(runs / "mini/vae/export", tmp_path / "start")
+    overrides = [f"init={tmp_path}/start", "log.profile=2", "log.quiet=false"]
+    assert loop.run(config("vae", runs, *overrides, run="profile"), WORLD) == 0
+    folder = runs / "profile/vae/profile"
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    assert any("convolution_backward" in event["name"] for event in trace["traceEvents"])
+    table = (folder / "operations.txt").read_text()
+    assert "convolution_backward" in table and table in capsys.readouterr().out
+    with pytest.raises(UserError, match="log.profile=9 is no step of 1 to steps=2"):
+        config("vae", runs, "log.profile=9")
+
+
 def test_the_same_command_again_does_nothing(runs, capsys):
     assert loop.run(config("teacher", runs), WORLD) == 0
     assert "complete" in capsys.readouterr().out
