@@ -15,6 +15,8 @@ from flashvsr.attention import sparse_attention
 from flashvsr.attention.selection import causal_chunks, pool, select
 from flashvsr.base import measure
 from flashvsr.base.cli import UserError
+from flashvsr.bench.models import Subject
+from flashvsr.bench.pipeline import running, step_work
 
 
 class Clocked:
@@ -146,6 +148,17 @@ def test_sparse_attention_counts_the_pairs_selected(backend):
     pairs = selection.density * (chunks * per * block) ** 2  # per sample and head
     assert work == pytest.approx(4 * 2 * heads * pairs * width, rel=1e-6)
     assert backends.sparse_attention is original is sparse_attention
+
+
+def test_a_streaming_step_counts_as_the_formulas_say():
+    subject = Subject("tiny", (128, 128), torch.device("cpu"), torch.float32)
+    model = subject.model("dit", "lr_projector", "tc_decoder")
+    upscaler, frames = running(model, subject, local_range=None)
+    work, parameters = count_work(lambda: upscaler.push(frames))
+    # Beyond them is what the formulas leave out: the embedding of sigma and the choice of blocks.
+    assert work == pytest.approx(sum(step_work(subject, model).values()), rel=1e-4)
+    parts = (model.dit, model.lr_projector, model.tc_decoder)
+    assert parameters == sum(p.numel() for part in parts for p in part.parameters())
 
 
 def found(**times):
