@@ -203,8 +203,8 @@ document.querySelectorAll(".viewer").forEach(viewer => {
       const after = [...fingers.values()];
       if (after.length === 2) {
         const apart = ([a, b]) => Math.hypot(a[0] - b[0], a[1] - b[1]);
-        zoom(apart(after) / Math.max(apart(before), 1e-6), (after[0][0] + after[1][0]) / 2,
-          (after[0][1] + after[1][1]) / 2);
+        zoom(apart(after) / Math.max(apart(before), 1e-6), (before[0][0] + before[1][0]) / 2,
+          (before[0][1] + before[1][1]) / 2);
       }
       look(z, x - (now[0] - old[0]) / z / after.length, y - (now[1] - old[1]) / z / after.length);
     });

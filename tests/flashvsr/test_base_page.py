@@ -193,19 +193,25 @@ const say = what => {
   const open = figures.filter(f => f.clientWidth > 0).length;
   said.push({ what, shown, open, places: [...new Set(transforms)] });
 };
-const send = (type, pane, u, v, deltaY) => {
+const send = (type, pane, u, v, deltaY, pointerId = 1, pointerType = "mouse") => {
   const box = pane.getBoundingClientRect(), Event = type === "wheel" ? WheelEvent : PointerEvent;
   const place = { clientX: box.left + u * box.width, clientY: box.top + v * box.height };
-  const more = { deltaY, cancelable: true, pointerId: 1, pointerType: "mouse" };
+  const more = { deltaY, cancelable: true, pointerId, pointerType };
   pane.dispatchEvent(new Event(type, { ...place, ...more }));
 };
 HTMLElement.prototype.setPointerCapture = () => {};  // there is no real pointer
+const pinch = () => {
+  const [first, second] = [1, 2].map(id => (type, u) => send(type, panes[0], u, 0.5, 0, id, "touch"));
+  first("pointerdown", 0.4); second("pointerdown", 0.6); second("pointermove", 0.8);
+  first("pointerup", 0.4); second("pointerup", 0.8);
+};
 const twice = -300 * Math.log(2);
 say("start"); press("0"); say("whole"); press("."); say("next frame"); press("."); say("round");
 send("wheel", panes[1], 1, 1, twice); say("wheel, not active");
 viewer.focus(); send("wheel", panes[1], 1, 1, twice); say("wheel at the corner");
 send("pointerdown", panes[2], 0.5, 0.5); send("pointermove", panes[2], 0.7, 0.5);
 send("pointerup", panes[2], 0.7, 0.5); send("pointermove", panes[2], 0.9, 0.5); say("dragged");
+press("0"); viewer.blur(); pinch(); say("pinched, not active"); viewer.focus(); pinch(); say("pinched");
 press("2"); say("alone"); press("Escape"); press("d"); say("detail");
 document.body.innerHTML = "<pre>" + JSON.stringify(said) + "</pre>";
 }</script>"""
@@ -231,6 +237,8 @@ def test_one_pan_and_zoom_drives_all_panes_in_a_browser(tmp_path):
     assert places["whole"] == places["wheel, not active"] == "1.00 0.00"
     assert places["wheel at the corner"] == "2.00 -1.00"  # the corner stays where it was
     assert places["dragged"] == "2.00 -0.80"
+    # The fingers part to twice their distance; what was in their middle, at 0.5, is so again, at 0.6.
+    assert places["pinched"] == "2.00 -0.40" and places["pinched, not active"] == "1.00 0.00"
     assert said["start"]["shown"] == [0, 0, 0] and said["next frame"]["shown"] == [1, 1, 1]
     assert said["round"]["shown"] == [0, 0, 0]
     assert (said["alone"]["open"], said["detail"]["open"]) == (1, 3)
