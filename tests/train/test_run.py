@@ -267,24 +267,6 @@ def test_an_adapter_is_merged_into_plain_weights(runs):
     assert all(not torch.equal(c[k], d[k]) for k in c)
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(runs):
-    """Same seed and global batch: losses and gradient norms of one process and of two under DDP agree."""
-    from train.launch import spawn
-
-    logs = {}
-    for processes, micro in ((1, 2), (2, 1)):
-        name = f"ddp{processes}"
-        shutil.copytree(runs / "mini" / "vae", runs / name / "vae")
-        argv = ["stage=1", f"runs_dir={runs}", f"run={name}", f"data.shards={runs}/data", *SMALL]
-        argv += ["global_batch_size=2", f"micro_batch_size={micro}", f"parallel.processes={processes}"]
-        assert spawn(argv, processes) == 0
-        logs[processes] = [m for m in metrics(runs, "stage1", name) if m["kind"] == "train"]
-    for one, two in zip(*logs.values(), strict=True):
-        for key in ("loss/flow", "grad_norm/teacher", "term_grad/flow"):
-            assert one[key] == pytest.approx(two[key], rel=1e-5)
-
-
 def test_the_decoder_can_learn_on_what_the_student_streams(runs):
     """`latents=student`: the clip in one masked forward gives the latents that streaming gives."""
     stage = make_stage(config("decoder", runs, "stage.latents=student", "stage.difference=0.5"), WORLD)
