@@ -156,3 +156,36 @@ def test_inductor_gives_the_same_gradients(kind):
     size = sum(g.square().sum() for g in wanted.values()).sqrt()
     off = sum((found[n] - wanted[n]).square().sum() for n in wanted).sqrt()
     assert off < 1e-4 * size
+
+
+@pytest.mark.parametrize("way", ["none", "full", "selective"])
+def test_what_must_stay_float32_does_under_autocast(way, monkeypatch):
+    """Noise-level embedding, modulation, RoPE, pooled queries and keys; q and k themselves are bfloat16."""
+    seen = {}
+    c, module = module_of("precision=bf16", f"checkpointing={way}", "stage.lora_rank=4")
+
+    def spy(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            out = real(*args, **kwargs)
+            seen.setdefault(name, set()).update(t.dtype for t in (out if isinstance(out, tuple) else (out,)))
+            return out
+
+        monkeypatch.setattr(owner, name, watched)
+
+    from flashvsr.attention import plans
+    from flashvsr.models import dit
+
+    spy(module.dit, "embed_time")
+    spy(dit, "_layer_norm")
+    spy(plans, "pool")
+    block = module.dit.blocks[0]
+    spy(block, "before")
+    grads = gradients(c, module, sparse=True)
+    for name in ("embed_time", "_layer_norm", "pool"):
+        assert seen[name] == {torch.float32}, name
+    assert seen["before"] == {torch.bfloat16}
+    assert {p.dtype for p in module.parameters()} == {g.dtype for g in grads.values()} == {torch.float32}
+    rope = PackedDense(GRIDS, TINY.dit.head_dim).rope
+    assert {t.dtype for t in rope} == {torch.float32}
