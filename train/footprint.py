@@ -31,7 +31,7 @@ from flashvsr.models.lr_projector import LRProjector
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
 from train.config import TrainConfig
-from train.losses.pixel import lpips_frames, mse
+from train.losses.pixel import PIECE, lpips_frames, mse
 from train.parallel import activations
 from train.parallel.apply import ready_to_train
 
@@ -211,11 +211,11 @@ def vae_pixels(
 ) -> int:
     """Bytes kept between `count` latents with gradient and the pixel losses of their VAE frames."""
     vae.requires_grad_(False).checkpointing = config.recomputes
-    z = torch.zeros(config.micro_batch_size, vae.config.z_dim, count + 1, size[0] // 8, size[1] // 8)
+    z = torch.zeros(config.micro_batch_size, vae.config.z_dim, count + PIECE, size[0] // 8, size[1] // 8)
     with Saved(vae, lpips) as saved, autocast(config):
         with torch.no_grad():
-            _, memory = vae.decode(z[:, :, :1])
-        sr, _ = vae.decode(z[:, :, 1:].clone().requires_grad_(), memory)
+            _, memory = vae.decode(z[:, :, :PIECE])
+        sr, _ = vae.decode(z[:, :, PIECE:].clone().requires_grad_(), memory)
         _pixel_losses(config, lpips, sr)
     return saved.bytes
 
