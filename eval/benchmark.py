@@ -256,6 +256,8 @@ def protocol(found: dict[str, Any]) -> list[str]:
     """How the numbers came about, in sentences."""
     s, m = found["settings"], found["machine"]
     height, width = s["size"]
+    measured = any("rss_bytes" in row for row in found["methods"])
+    memory = "of loading and running, in a process of its own" if measured else "not measured"
     load = "" if found["load"] is None else f", load {found['load']:.1f} at the beginning"
     return [
         f"{s['frames']} frames of {width}x{height} (LQ, noise) to x{s['scale']}, {s['push']} pushed at a "
@@ -265,8 +267,7 @@ def protocol(found: dict[str, Any]) -> list[str]:
         f"{m['torch']}, Python {m['python']}; {m['date']}{load}.",
         "Latency: from the last input frame needed to the output frame in the host's memory; how many frames "
         "must come in first is the delay (p50 and p95 without the first output). Loading is not timed.",
-        "Operations: useful ones, by torch's counter. Memory: of loading and running, in a process of its "
-        "own.",
+        f"Operations: useful ones, by torch's counter. Memory: {memory}.",
     ]
 
 

@@ -241,6 +241,7 @@ def test_the_table_and_the_page_hold_every_number(tmp_path):
     html = (tmp_path / "b.html").read_text()
     assert all(f">{cell}</td>" in html for row in rows for cell in row)
     assert "9 frames of 48x32" in html and "load 0.5 at the beginning" in html
+    assert "Memory: of loading and running" in html
     assert html.count(">worse</td>") == 3 and ">5.000</td>" in html
 
 
@@ -253,7 +254,7 @@ def test_the_command_measures_compares_and_refuses(tmp_path, capsys):
     assert first["methods"][0]["ratio"] == 1 and first["methods"][1]["ratio"] > 0
     assert first["methods"][0]["delay_frames"] == 0 and first["methods"][0]["parameters"] == 0
     assert len(first["methods"][0]["per_frame"]) == 3 and first["machine"]["torch"] == torch.__version__
-    capsys.readouterr()
+    assert "Memory: not measured." in capsys.readouterr().out
 
     slower = copy.deepcopy(first)
     for row in slower["methods"]:
