@@ -230,6 +230,12 @@ def dataset_line(dataset: dict[str, Any]) -> str:
     )
 
 
+def metric_line(metric: dict[str, Any]) -> str:
+    """What a metric is; most descriptions begin with its name."""
+    title, text = metric["title"], metric["description"]
+    return f"{text}." if text.startswith(title) else f"{title}: {text}."
+
+
 def protocol_lines(evaluation: dict[str, Any]) -> list[str]:
     """The protocol in sentences, printed with every table."""
     p = evaluation["protocol"]
@@ -237,7 +243,7 @@ def protocol_lines(evaluation: dict[str, Any]) -> list[str]:
     lines = [dataset_line(dataset) for dataset in evaluation["datasets"]]
     lines += [
         f"Scored: {which}, border crop {p['border_crop']}; {ALIGN_WORDS[p['align']]}; {p['pixels']}.",
-        *(f"{m['title']}: {m['description']}." for m in evaluation["metrics"]),
+        *(metric_line(m) for m in evaluation["metrics"]),
         f"Means over clips with {p['intervals']}.",
         f"Time on {p['device']} in {p['dtype']}, units at a time: {p['workers']}; {p['time']}.",
     ]

@@ -74,7 +74,8 @@ def evaluate(
     todo = [unit for unit, (output, keys) in zip(units, before, strict=True) if output is None or keys]
     to_make = [unit for unit, (output, _) in zip(units, before, strict=True) if output is None]
     try_out(to_make, devices[0], job.dtype)
-    frames = sum(u.clip.frames for u in to_make) + sum(u.clip.frames for u in todo)
+    different = {unit.key: unit for unit in to_make}  # two sets may have the same LQ
+    frames = sum(u.clip.frames for u in (*different.values(), *todo))
     with Progress(frames, "evaluate", unit="frame", quiet=quiet) as progress:
         if len(devices) == 1 or len(todo) < 2:
             worker = Worker(job, devices[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -23,9 +23,21 @@ from flashvsr.base.threads import ahead
 from flashvsr.base.video_io import read_frames
 from flashvsr.streaming.pipeline import run, stacks
 
-_STACK_AREA = 2**24  # pixels of SR read ahead together: memory stays bounded at any size
+_STACK_AREA = 2**23  # pixels of SR read ahead together (a 4K frame): memory stays bounded at any size
 
 OnFrames = Callable[[int], Any]
+
+
+@contextmanager
+def explained(unit: Unit, device: str, remedy: str) -> Iterator[None]:
+    """Want of memory as one sentence that names the method and the clip."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"method {unit.method.name!r} ran out of memory on clip {unit.clip.name!r} "
+            f"({unit.clip.width}x{unit.clip.height}, {unit.clip.frames} frames) on {device}; {remedy}"
+        ) from error
 
 
 class Worker:
@@ -39,18 +51,13 @@ class Worker:
     def run(self, unit: Unit, on_frames: OnFrames = lambda n: None) -> None:
         """Complete a unit: its output, then the scores it lacks."""
         output, keys = self.job.missing(unit)
-        try:
-            if output is None:
+        if output is None:
+            with explained(unit, self.device, "give it tile=, --dtype bfloat16 or fewer --workers"):
                 output = self._generate(unit, on_frames)
-                output, keys = self.job.missing(unit)
-            if keys:
+            output, keys = self.job.missing(unit)
+        if keys:
+            with explained(unit, self.device, "its frames are kept: score them with --device cpu"):
                 self._score(unit, output, keys, on_frames)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError(
-                f"method {unit.method.name!r} ran out of memory on clip {unit.clip.name!r} "
-                f"({unit.clip.width}x{unit.clip.height}, {unit.clip.frames} frames) on {self.device}; give "
-                f"it tile=, --dtype bfloat16 or fewer --workers"
-            ) from error
 
     def _generate(self, unit: Unit, on_frames: OnFrames) -> Output:
         """Run the method and keep its frames; time is that of push and flush, until frames are in the host's

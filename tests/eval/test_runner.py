@@ -318,7 +318,7 @@ def test_networks_take_their_weights_and_intervals(test_set, go, tmp_path):
         go([f"x=basicvsr,weights={tmp_path}/nowhere.pth"], short)
 
 
-def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_ours, go):
+def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_ours, go, monkeypatch):
     class Greedy(Delayed):
         def push(self, frames):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -326,6 +326,13 @@ def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_o
     folder, _ = method_of_ours(Greedy)
     with pytest.raises(UserError, match="'big' ran out of memory on clip 'alpha' .128x96.*tile="):
         go([f"big={folder}"], test_set)
+
+    def greedy_score(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(eval.worker, "score", greedy_score)
+    with pytest.raises(UserError, match="'bicubic' ran out of memory.*its frames are kept"):
+        go(["bicubic"], test_set)
 
 
 @pytest.mark.parametrize(
