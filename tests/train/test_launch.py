@@ -125,7 +125,7 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def wait_for(*paths, seconds=60.0):
+def wait_for(*paths, seconds=300.0):
     end = time.monotonic() + seconds
     while not all(path.exists() and path.read_text() for path in paths):
         assert time.monotonic() < end, f"{[p.name for p in paths]} never appeared"
@@ -187,7 +187,7 @@ def test_a_killed_rank_is_named_and_the_others_end_soon(module, tmp_path, capfd)
     with ThreadPoolExecutor(1) as killer:
         killed = killer.submit(kill)
         assert spawn([str(tmp_path)], 2, module=module(STEPS)) == 128 + signal.SIGKILL
-        assert time.monotonic() - killed.result() < launch.GRACE_SECONDS + 4
+        assert time.monotonic() - killed.result() < launch.GRACE_SECONDS + 24
     assert f"rank 1 of 2 on {socket.gethostname()} ended with signal SIGKILL" in capfd.readouterr().err
     assert all(gone(int(path.read_text())) for path in running)
 
@@ -245,7 +245,7 @@ def nodes(tmp_path):
 def test_two_nodes_form_one_group(module, tmp_path):
     module(COLLECTIVES)
     for process in nodes(tmp_path):
-        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+        assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
     assert [(tmp_path / f"rank{rank}").read_text()[0] for rank in (0, 1)] == ["2", "2"]
 
 
@@ -257,16 +257,16 @@ def test_a_rank_that_dies_on_another_node_is_named_here(module, tmp_path):
     os.kill(int(running[1].read_text()), signal.SIGKILL)
     begun = time.monotonic()
     for process in (first, second):
-        assert "rank 1 of 2 on" in (said := process.communicate(timeout=60)[1]) and "SIGKILL" in said
+        assert "rank 1 of 2 on" in (said := process.communicate(timeout=300)[1]) and "SIGKILL" in said
         assert process.returncode == 128 + signal.SIGKILL
-    assert time.monotonic() - begun < launch.GRACE_SECONDS + 5
+    assert time.monotonic() - begun < launch.GRACE_SECONDS + 24
     assert all(gone(int(path.read_text())) for path in running)
 
 
 def test_torchrun_starts_ranks_too(module, tmp_path):
     name = module(COLLECTIVES)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    subprocess.run([*command, "-m", name, tmp_path], check=True, timeout=120, capture_output=True)
+    subprocess.run([*command, "-m", name, tmp_path], check=True, timeout=300, capture_output=True)
     assert [(tmp_path / f"rank{rank}").read_text()[0] for rank in (0, 1)] == ["2", "2"]
 
 

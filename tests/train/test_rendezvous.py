@@ -110,7 +110,7 @@ def test_a_broken_node_list_is_one_sentence():
     env = {**os.environ, **step(nodelist="node[1-")}
     env = {k: v for k, v in env.items() if k not in ("WORLD_SIZE", "RANK")}
     done = subprocess.run(
-        [sys.executable, "-m", "train", "stage=vae"], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "train", "stage=vae"], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert done.stderr == "error: 'node[1-' is no list of nodes like node[01-03,07]\n"
