@@ -1,12 +1,13 @@
 """The page's pictures: the same frames of all methods under one zoom, and x-t slices, which show flicker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from eval.datasets import window
 from eval.outputs import Outputs
 from flashvsr.base.cli import Progress, UserError
 from flashvsr.base.page import Crop, Embedded, Page, busiest_crop, embed
@@ -116,23 +117,17 @@ def _show(page: Page, place: str, seen: Seen) -> None:
 def _read(
     evaluation: dict[str, Any], outputs: Outputs, dataset: dict[str, Any], clip: dict[str, Any]
 ) -> Seen:
-    """Every source of a clip once from its first frame to the last that is shown."""
-    names, at = (dataset["name"], clip["name"]), _frames(clip["frames"])
-    scored = {s["method"] for s in evaluation["scores"] if (s["dataset"], s["clip"]) == names}
-    methods = [m["name"] for m in evaluation["methods"] if m["name"] in scored]
-    sources = {"LR": lambda count: outputs.lq(*names, 0, count)}
-    for method in methods:
-        sources[method] = lambda count, m=method: outputs.read(m, *names, 0, count)
-    if clip["gt"] is not None:
-        sources["HR"] = lambda count: outputs.gt(*names, 0, count)
-    cut = _cut(_example(outputs, dataset, clip, at[len(at) // 2]), dataset["scale"])
-    count = max(at[-1] + 1, min(clip["frames"], _SLICE[0]))
+    """Every source of a clip once, from its first frame to the last that is shown."""
+    sources = _sources(evaluation, outputs, dataset, clip)
+    at = _frames(sources.frames)
+    cut = _cut(sources.example(at[len(at) // 2]), dataset["scale"])
+    count = max(at[-1] + 1, min(sources.frames, _SLICE[0]))
     frames: list[tuple[str, dict[str, Embedded]]] = [(f"frame {i}", {}) for i in at]
     slices: dict[str, Embedded] = {}
-    for name, read in sources.items():
+    for name in sources.read:
         scale = dataset["scale"] if name == "LR" else 1
         rows = []
-        for i, frame in enumerate(read(count)):
+        for i, frame in enumerate(sources.of(name, 0, count)):
             if i < _SLICE[0]:
                 first, width = cut.columns
                 rows.append(frame[cut.row // scale, first // scale : (first + width) // scale])
@@ -143,17 +138,47 @@ def _read(
         slices[name] = embed(np.stack(rows))
     first, width = cut.columns
     label = f"x-t slice: row {cut.row}, columns {first} to {first + width - 1}, frames 0 to {len(rows) - 1}"
-    whole = cut.window[2:] == (clip["height"], clip["width"])
-    return Seen(frames, (label, slices), cut, whole)
+    return Seen(frames, (label, slices), cut, cut.window[2:] == sources.size)
 
 
-def _example(outputs: Outputs, dataset: dict[str, Any], clip: dict[str, Any], index: int) -> np.ndarray:
-    """The frame that tells where to look: of HR, or without it of LR, its pixels repeated to HR's size; never
-    of a method, which may be busy where nothing is."""
+@dataclass(frozen=True)
+class Sources:
+    """Whose frames of a clip are shown, in order; `frames` and `size` (height, width) are what all have."""
+
+    read: dict[str, Callable[[int, int], Iterator[np.ndarray]]]  # start, count -> frames
+    frames: int
+    size: tuple[int, int]
+    scale: int
+    align: str
+
+    def of(self, name: str, start: int, count: int) -> Iterator[np.ndarray]:
+        """Frames cut to what all have; of LR, to the same part in its own pixels."""
+        height, width = (side // self.scale if name == "LR" else side for side in self.size)
+        for frame in self.read[name](start, count):
+            yield window(frame, height, width, self.align)
+
+    def example(self, index: int) -> np.ndarray:
+        """The frame that tells where to look: of HR, or without it of LR, its pixels repeated to HR's size;
+        never of a method, which may be busy where nothing is."""
+        if "HR" in self.read:
+            return next(iter(self.of("HR", index, 1)))
+        small = next(iter(self.of("LR", index, 1)))
+        return small.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+
+
+def _sources(
+    evaluation: dict[str, Any], outputs: Outputs, dataset: dict[str, Any], clip: dict[str, Any]
+) -> Sources:
+    names = (dataset["name"], clip["name"])
+    scores = {s["method"]: s for s in evaluation["scores"] if (s["dataset"], s["clip"]) == names}
+    read = {"LR": lambda start, count: outputs.lq(*names, start, count)}
+    for method in [m["name"] for m in evaluation["methods"] if m["name"] in scores]:
+        read[method] = lambda start, count, m=method: outputs.read(m, *names, start, count)
     if clip["gt"] is not None:
-        return next(iter(outputs.gt(dataset["name"], clip["name"], index, 1)))
-    small = next(iter(outputs.lq(dataset["name"], clip["name"], index, 1)))
-    return small.repeat(dataset["scale"], axis=0).repeat(dataset["scale"], axis=1)
+        read["HR"] = lambda start, count: outputs.gt(*names, start, count)
+    # An aligned evaluation may have scored less of one method than of another.
+    least = [min(x[key] for x in (clip, *scores.values())) for key in ("frames", "height", "width")]
+    return Sources(read, least[0], (least[1], least[2]), dataset["scale"], clip["align"])
 
 
 def _frames(count: int) -> list[int]:

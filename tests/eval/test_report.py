@@ -204,6 +204,16 @@ def test_without_gt_lr_tells_where_to_look(evaluation, tmp_path):
     assert len([name for name, _ in images if name.startswith(f"{METHODS[-1]}, x-t slice: row 40,")]) == 3
 
 
+def test_an_aligned_method_shows_what_all_have(evaluation, tmp_path):
+    evaluation["scores"][1] |= {"frames": 6, "height": 60, "width": 92}  # of alpha, whose clip has 8 of 64x96
+    page = PageReader(write_report(tmp_path, evaluation, quiet=True).read_text())
+    shown = {name: decoded(uri).shape for name, uri in page.images[:15]}
+    assert {name.split(", ")[1] for name in shown} == {"frame 1", "frame 3", "frame 4"}
+    assert {shape for name, shape in shown.items() if name.startswith("LR")} == {(15, 23, 3)}
+    assert {shape for name, shape in shown.items() if not name.startswith("LR")} == {(60, 92, 3)}
+    assert any("frames 0 to 5" in name for name, _ in page.images)
+
+
 def test_frames_that_are_gone_are_named_not_drawn(evaluation, tmp_path):
     copy = tmp_path / "alpha"
     shutil.copytree(evaluation["scores"][0]["output"], copy)
