@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.optim import build_optimizer, lr_at, set_lr
+from train.optim import build_optimizer, lr_at, set_lr, squared_norm
 
 
 def named(**shapes):
@@ -73,3 +73,11 @@ def test_schedule_values():
 
 def test_no_warmup_starts_at_base():
     assert lr_at(0, base=1e-4, warmup=0, total=10, schedule="cosine") == 1e-4
+
+
+def test_the_gradient_norm_is_right_and_the_same_for_shards():
+    gradients = [torch.randn(900, 1100), torch.randn(7), torch.zeros(0), torch.randn(3, 5, 1024)[:, 1:]]
+    exact = sum(g.double().square().sum() for g in gradients)
+    assert torch.allclose(squared_norm(gradients), exact, rtol=1e-7, atol=0)
+    shards = [part for g in gradients for part in g.reshape(-1).tensor_split(3)]
+    assert torch.allclose(squared_norm(shards), exact, rtol=1e-7, atol=0)
