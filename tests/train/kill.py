@@ -211,6 +211,7 @@ class Campaign:
                 done = _last_saved(config.stage_dir)
                 row.resumes += done > 0
                 attempts += 1
+                left = _unfinished(config.stage_dir)
                 ranks = Ranks(config, size, runs / "log")
                 if row.kills == kills:
                     self.finish(ranks)
@@ -223,7 +224,7 @@ class Campaign:
                     self.finish(ranks)
                     break
                 row.kills += 1
-                row.inside_saves += any((config.stage_dir / "checkpoints").glob(".step-*.part"))
+                row.inside_saves += bool(_unfinished(config.stage_dir) - left)
                 progress.update()
             row.runs += 1
             found = differences(alone / STAGES[stage], config.stage_dir, exact=len(sizes) == 1)
@@ -246,7 +247,8 @@ class Campaign:
         ranks.wait(lambda: _last_step(config.stage_dir) <= done)  # what came after is cut on resume
         ranks.wait(lambda: _last_step(config.stage_dir) >= target)
         if moment == "save":
-            ranks.wait(lambda: any((config.stage_dir / "checkpoints").glob(".step-*.part")))
+            left = _unfinished(config.stage_dir)  # by kills before this one; the next save removes it
+            ranks.wait(lambda: bool(_unfinished(config.stage_dir) - left))
             ranks.wait(seconds=rng.random() * SAVE_SECONDS)
         else:
             ranks.wait(seconds=rng.random() * step_seconds)
@@ -256,6 +258,11 @@ def _lines(folder: Path) -> list[dict]:
     path = folder / METRICS
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _unfinished(folder: Path) -> set[str]:
+    """Checkpoints being written or removed."""
+    return {path.name for path in folder.glob("checkpoints/.step-*.part")}
 
 
 def _last_saved(folder: Path) -> int:
