@@ -97,7 +97,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise UserError(f"{path} holds {_some(strange)} beside tensors; take a checkpoint of BasicSR")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def network_of(kind: str, tensors: Mapping[str, Tensor], where: str) -> Recurrent:

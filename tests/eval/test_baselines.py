@@ -297,6 +297,7 @@ def _state(change):
         ("iconvsr", _of("basicvsr"), "holds BasicVSR, not IconVSR; write basicvsr in its place"),
         ("basicvsr", lambda p: torch.save({"a": torch.zeros(2)}, p), "no checkpoint of BasicVSR by"),
         ("basicvsr", lambda p: torch.save([1, 2], p), "holds no named tensors"),
+        ("basicvsr", lambda p: torch.save({0: torch.zeros(2)}, p), "no checkpoint of BasicVSR by"),
         ("basicvsr", lambda p: torch.save({"epoch": 3}, p), "holds epoch beside tensors"),
         ("basicvsr", _state(lambda s: s.pop("conv_hr.bias")), "does not fit BasicVSR by BasicSR's names"),
         ("basicvsr", _state(lambda s: s.update(x=s["conv_hr.bias"])), "it holds the unknown x"),
