@@ -51,8 +51,14 @@ def test_what_the_students_turn_keeps_is_what_the_estimate_says(way):
     """Real losses of the real stage 3: DiT, projector, VAE decoder and LPIPS; within 15 %."""
     # the other backends of a CPU are not fused
     config = compose("one_step", [*SMALL, f"checkpointing={way}", "stage.attention=gather"])
-    said = costs.estimate(config, 1).turns["student"]
-    stage = bench.random_stage(config, CPU)
+    cost = costs.estimate(config, 1)
+    said, stage = cost.turns["student"], bench.random_stage(config, CPU)
+    for role, engine in stage.roles.items():
+        held = [*engine.module.parameters(), *engine.module.buffers()]
+        assert cost.state[role]["weights"] == sum(t.nbytes for t in held)
+        assert cost.state[role]["gradients"] == 4 * engine.count == 4 * cost.parameters[role][1]
+    for name, module in (("frozen vae", stage.frozen_vae), ("frozen teacher", stage.teacher)):
+        assert cost.parameters[name][0] == sum(p.numel() for p in module.parameters())
     draws = (Draw(0, step, [0]) for step in range(100))
     draw = next(d for d in draws if d.step("pixel.window") > 0.5)  # eight frames, not the five of a start
     inputs = stage.prepare(bench.random_micro(config), draw)
