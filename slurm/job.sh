@@ -54,6 +54,8 @@ if [ "$attempt" -ge "${ATTEMPTS:-100}" ]; then
     echo "error: stopped $attempt times, that is enough: submit again, or raise ATTEMPTS" >&2
     exit 1
 fi
+trap - TERM
 scontrol requeue "$SLURM_JOB_ID"
-# Slurm ends this script now; its own exit code must not come first.
+# Slurm ends this script now; should it not, the job has failed.
 sleep 60
+exit 75

@@ -14,10 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data import build
 from flashvsr.base.cli import UserError
+from tests.train.test_run import SMALL
 from train import launch
 from train.checkpoint import latest, load
 from train.launch import REQUEUE, World, init_group, processes, spawn
+from train.lock import run_lock
 from train.preemption import StopSignal
 
 ROOT = Path(__file__).parents[2]
@@ -265,7 +268,7 @@ def test_a_rank_that_dies_on_another_node_is_named_here(module, tmp_path):
 
 def test_torchrun_starts_ranks_too(module, tmp_path):
     name = module(COLLECTIVES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     subprocess.run([*command, "-m", name, tmp_path], check=True, timeout=300, capture_output=True)
     assert [(tmp_path / f"rank{rank}").read_text()[0] for rank in (0, 1)] == ["2", "2"]
 
@@ -356,3 +359,31 @@ def test_the_same_signal_later_exits_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         assert exits == [130]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_what_two_ranks_find_wrong_is_said_once(tmp_path):
+    """A directory in use, one that cannot be written, a batch that does not divide: one sentence, code 2."""
+    build.build([], tmp_path / "data", synthetic_clips=3, quiet=True)
+    (tmp_path / "file").write_text("")
+    common = ["stage=vae", *SMALL, f"data.shards={tmp_path}/data", "device=cpu", "parallel.processes=2"]
+    alone = World(0, 1, 0, torch.device("cpu"))
+    wrong = {
+        f"{tmp_path}/a/vae is in use by process {os.getpid()} on": [f"runs_dir={tmp_path}", "run=a"],
+        f"cannot write into the run directory {tmp_path}/file": [f"runs_dir={tmp_path}/file", "run=b"],
+        "is not a multiple of micro_batch_size=2 x 2 processes": [
+            f"runs_dir={tmp_path}",
+            "micro_batch_size=2",
+        ],
+        "did you mean 'data.slots'": ["data.slot=1"],
+    }
+    with run_lock(tmp_path / "a" / "vae", alone):
+        for sentence, more in wrong.items():
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-m", "train", *common, "micro_batch_size=1", *more],
+                capture_output=True, text=True, timeout=600, cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            )  # fmt: skip
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+            assert done.returncode == 2 and len(said) == 1 and sentence in said[0], done.stderr
+            assert "Traceback" not in done.stderr
