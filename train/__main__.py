@@ -13,7 +13,7 @@ from flashvsr.base import cli
 from train.config import STAGES, compose, rewrite
 
 # Seconds that a rank keeps its error to itself where another one has more to say.
-PATIENCE = 2.0
+PATIENCE = 10.0
 
 HELP = f"""{__doc__}
 Needs shards (`python -m data build`). Writes runs/NAME/<stage>/: config.yaml, metrics.jsonl, checkpoints,
