@@ -195,7 +195,7 @@ class Campaign:
         begin, row = time.monotonic(), Row(STAGES[stage], processes)
         sizes = [int(n) for n in processes.split("+")]
         rng = random.Random(f"{self.seed} {stage} {processes}")
-        first = rng.randrange(len(MOMENTS))
+        tries = rng.randrange(len(MOMENTS))  # a moment that was missed is not tried twice
         alone = self.leave_alone(stage, sizes[0])
         if len(sizes) > 1:
             kills = max(kills, 2)  # there and back
@@ -219,7 +219,8 @@ class Campaign:
                 if len(sizes) > 1:  # what these processes saved the others are to go on from
                     ranks.wait(lambda f=config.stage_dir, d=done: _last_saved(f) > d)
                 else:
-                    self.await_moment(ranks, config, done, MOMENTS[(first + row.kills) % 3], rng)
+                    self.await_moment(ranks, config, done, MOMENTS[tries % 3], rng)
+                tries += 1
                 if not ranks.kill(rng):
                     self.finish(ranks)
                     break
@@ -249,7 +250,7 @@ class Campaign:
         if moment == "save":
             left = _unfinished(config.stage_dir)  # by kills before this one; the next save removes it
             ranks.wait(lambda: bool(_unfinished(config.stage_dir) - left))
-            ranks.wait(seconds=rng.random() * SAVE_SECONDS)
+            ranks.wait(seconds=rng.random() ** 3 * SAVE_SECONDS)
         else:
             ranks.wait(seconds=rng.random() * step_seconds)
 
