@@ -44,7 +44,7 @@ class Cluster:
 
     def run(self, *command: object) -> str:
         done = subprocess.run(
-            [str(c) for c in command], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=120
+            [str(c) for c in command], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -55,7 +55,7 @@ class Cluster:
     def job(self, number: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number)))
 
-    def until(self, what, seconds: float = 240.0) -> None:
+    def until(self, what, seconds: float = 600.0) -> None:
         end = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < end, "\n".join([*self.lines, self.run("squeue", "-a")])
@@ -153,7 +153,7 @@ def stopped_at(cluster: Cluster, runs: Path, stage: str, job: str, step: int) ->
 
 def go_on(cluster: Cluster, ranks: list[int]) -> None:
     """Lets held ranks run once all of them have been told to stop."""
-    cluster.until(lambda: all(told(pid) for pid in ranks), seconds=100)
+    cluster.until(lambda: all(told(pid) for pid in ranks), seconds=200)
     for pid in ranks:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
