@@ -1,5 +1,5 @@
-"""The released FlashVSR's formulas a second time: plain, slow, in any float dtype, and sharing no code with
-flashvsr.
+"""The released FlashVSR's formulas (and BasicVSR's and IconVSR's) a second time: plain, slow, in any float dtype,
+and sharing no code with flashvsr or eval.
 
 Written from the page that describes the golden tensors (and, for the v1 projector, from the design's words),
 so that an agreement of the two means something. Weights are plain dicts of tensors under the release's names;
