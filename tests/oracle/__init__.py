@@ -1,4 +1,4 @@
-"""The released FlashVSR's formulas (and BasicVSR's and IconVSR's) a second time: plain, slow, in any float dtype,
+"""The released FlashVSR's formulas (BasicVSR's and IconVSR's too) again: plain, slow, in any float dtype,
 and sharing no code with flashvsr or eval.
 
 Written from the page that describes the golden tensors (and, for the v1 projector, from the design's words),
