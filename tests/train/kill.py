@@ -241,7 +241,7 @@ class Campaign:
     ) -> None:
         """Waits for the moment to kill at; `done` steps are restored. Returns early if the ranks end."""
         step_seconds = self.alone[config.stage.name, len(ranks.pids)]
-        if moment == "any":
+        if moment == "any" or done == self.steps:  # killed while it exported
             ranks.wait(seconds=rng.random() * (START_SECONDS + (self.steps - done) * step_seconds))
             return
         target = rng.randint(max(done, 1), self.steps - 1)
