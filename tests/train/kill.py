@@ -301,11 +301,13 @@ def differences(alone: Path, killed: Path, exact: bool) -> list[str]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Of all files but those that say where the run lies."""
+    """Of all files but those that say where the run lies, and hidden ones that a kill left unfinished."""
     return {
         str(path.relative_to(folder)): sha256(path)
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (checkpoint.STATE, checkpoint.MANIFEST)
+        if path.is_file()
+        and path.name not in (checkpoint.STATE, checkpoint.MANIFEST)
+        and ".part" not in str(path.relative_to(folder))
     }
 
 
