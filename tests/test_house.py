@@ -20,7 +20,10 @@ MAY_TAKE = {
 }
 
 # Installed only with an extra, or needed only by some commands: imported where they are used.
-LAZY = ("hydra", "deepspeed", "webdataset", "av", "lpips", "triton", "transformers", "diffusers", "cv2")
+LAZY = (
+    "hydra", "deepspeed", "webdataset", "av", "lpips", "triton", "transformers", "diffusers", "cv2", "wandb",
+    "tensorboard", "trackio", "matplotlib",
+)  # fmt: skip
 
 
 def imports(source: str) -> set[str]:

@@ -48,7 +48,6 @@ from train.stages import stage_class
 from train.stages.shared import Stage
 
 GIB = 2**30
-HAS_LPIPS = find_spec("lpips") is not None and find_spec("torchvision") is not None
 # 4n+1 LR frames, height, width
 SIZES = {
     "tiny": ((17, 64, 64), (25, 128, 128)),
@@ -57,7 +56,13 @@ SIZES = {
         (25, 384, 640), (41, 384, 640), (89, 384, 640), (41, 768, 1280), (57, 768, 1280), (89, 768, 1280),
     ),
 }  # fmt: skip
+
 WAYS = [("none", False), ("selective", False), ("full", False), ("selective", True), ("full", True)]
+
+
+def has_lpips() -> bool:
+    """Whether stage 3's perceptual loss can be measured here."""
+    return find_spec("lpips") is not None and find_spec("torchvision") is not None
 
 
 class RandomModels:
@@ -67,7 +72,7 @@ class RandomModels:
     device: torch.device
 
     def lpips_loss(self, sr: Tensor, *others: Any) -> Tensor:
-        return super().lpips_loss(sr, *others) if HAS_LPIPS else 0 * sr.flatten(1).mean(1)
+        return super().lpips_loss(sr, *others) if has_lpips() else 0 * sr.flatten(1).mean(1)
 
     def find(self, part: str, kinds: Sequence[str] | None = None) -> FlashVSR:
         sizes = PRESETS[self.config.scale.preset]
@@ -314,7 +319,7 @@ def main(argv: list[str]) -> int:
     configs = []
     for name in names:
         one = [f"stage.{key}=false" for key in ("random_window", "random_history") if name != "teacher"]
-        one += ["stage.loss.lpips=0"] if name == "one_step" and not HAS_LPIPS else []
+        one += ["stage.loss.lpips=0"] if name == "one_step" and not has_lpips() else []
         configs.append(compose_yaml(name, [*fixed, *one, *overrides]))
     campaign = Campaign(device, _number(options, "minutes"), int(_number(options, "repeats")))
     dtype = torch.bfloat16 if configs[0].precision == "bf16" else torch.float32
@@ -325,7 +330,7 @@ def main(argv: list[str]) -> int:
         run_stage(campaign, config, sizes)
     _print(campaign, configs[0])
     if options["json"]:
-        rows = {"machine": measure.machine(), "matmul_per_second": campaign.rate, "lpips": HAS_LPIPS}
+        rows = {"machine": measure.machine(), "matmul_per_second": campaign.rate, "lpips": has_lpips()}
         with atomic(Path(options["json"])) as part:
             part.write_text(json.dumps(rows | {"rows": [asdict(row) for row in campaign.rows]}, indent=1))
     return 0
@@ -333,7 +338,7 @@ def main(argv: list[str]) -> int:
 
 def _print(campaign: Campaign, config: TrainConfig) -> None:
     print(f"\nOne sample a step, {config.precision}, windows of stages 2 and 3 at their widest, latents "
-          f"encoded in the step, {'with' if HAS_LPIPS else 'WITHOUT'} LPIPS. MFU and HFU are of "
+          f"encoded in the step, {'with' if has_lpips() else 'WITHOUT'} LPIPS. MFU and HFU are of "
           f"{campaign.rate / 1e12:.3g} TFLOP/s, what a matrix product reaches here.")  # fmt: skip
     print(campaign.head())
     for row in campaign.rows:

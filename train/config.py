@@ -225,7 +225,7 @@ class TrainConfig:
 
     @property
     def recomputes(self) -> bool:
-        """Whether activations are computed again: of the VAE by layer and of LPIPS by frame in either mode."""
+        """Whether activations are computed again: the VAE's by layer and LPIPS' by frame in either mode."""
         return self.checkpointing != "none"
 
     def check(self) -> None:

@@ -9,14 +9,12 @@ The losses of DMD do not tell whether it works; these pictures and the numbers b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashvsr.base.draws import Draw
-from flashvsr.base.files import atomic
 from flashvsr.base.resize import to_uint8
 from flashvsr.flow import add_noise, denoised
 from train.losses.dmd import dmd_direction
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 SIGMA = 0.5  # of the estimates that are shown
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fake score's error
-BAR = 14  # pixels of the titles
 
 
 @torch.no_grad()
@@ -111,18 +108,3 @@ def _heat(direction: Tensor, size: Sequence[int]) -> Tensor:
     grey = (255 * strength / strength.max().clamp_min(1e-12)).round().to(torch.uint8).cpu()
     rows, columns = (side // cells for side, cells in zip(size, grey.shape, strict=True))
     return grey.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[..., None].expand(-1, -1, 3)
-
-
-def draw_panel(path: Path, pictures: Mapping[str, Tensor]) -> None:
-    """The pictures beside each other under their names, as a PNG."""
-    from PIL import Image, ImageDraw
-
-    height, width = next(iter(pictures.values())).shape[:2]
-    sheet = Image.new("RGB", (width * len(pictures), height + BAR), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (name, picture) in enumerate(pictures.items()):
-        pen.text((i * width + 3, 1), name, fill="black")
-        sheet.paste(Image.fromarray(picture.cpu().numpy()), (i * width, BAR))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as part:
-        sheet.save(part, format="PNG")

@@ -26,10 +26,12 @@ from flashvsr.base.video_io import VideoWriter, read_frames
 from train.launch import World
 
 if TYPE_CHECKING:
+    from train.stages.feed import Inputs
     from train.stages.shared import Stage
 
 VALIDATION_STEP = -1  # the step of all validation draws
 METRICS = ("psnr", "ssim", "lpips", "tdiff", "chunk_edge_ratio")
+TITLE = 14  # pixels above a picture of the panel
 FPS = 10  # of the videos: slow enough to see what flickers
 SHOWN = (480, 640)  # at most so much of the middle of a frame stands in a video, at its own resolution
 
@@ -97,24 +99,28 @@ class Validation:
                 scores[i] = self._scores(i, sr)
                 write_frames(self.folder / "SR" / _name(i), sr)
                 self._video(self.folder / _media(step, i), i, sr)
+        looked, panel = stage.panel(*self._inputs(min(self.samples)))  # of the first clip, on the main rank
         for name, engine in stage.roles.items():
             engine.module.train(modes[name])
         record = gathered(losses, ["loss"], self.count, world)
         record |= gathered(scores, self.names, self.shown, world)
-        record = {f"val/{name}": value for name, value in record.items()} | self.bicubic
+        record = {f"val/{name}": value for name, value in record.items()} | self.bicubic | looked
         world.barrier()  # the frames of all ranks are there
-        return record, self._picture(step) if world.is_main and self.shown else {}
+        if not world.is_main:
+            return record, {}
+        return record, (self._picture(step) if self.shown else {}) | self._draw(step, panel)
 
     def _loss(self, index: int) -> float:
-        """Of a whole held-out clip: prepared as in training, but never cropped."""
+        return self.stage.held_out(*self._inputs(index)).item()
+
+    def _inputs(self, index: int) -> tuple[Inputs, Draw]:
+        """A whole held-out clip: prepared as in training, but never cropped; and its draws."""
         stage, sample = self.stage, self.samples[index]
         draw = Draw(stage.config.seed, VALIDATION_STEP, [index])
         micro = {"segments": [{k: v[None] for k, v in s.items()} for s in sample["segments"]]}
         if stage.frozen_vae is None:
-            inputs = stage.feed.inputs(micro, segments=1)
-        else:
-            inputs = stage.prepare(micro, draw)
-        return stage.held_out(inputs, draw).item()
+            return stage.feed.inputs(micro, segments=1), draw
+        return stage.prepare(micro, draw), draw
 
     def _hr(self, index: int) -> Tensor:
         hr = self.samples[index]["segments"][0]["hr"].permute(1, 2, 3, 0)
@@ -166,6 +172,14 @@ class Validation:
             Image.fromarray(torch.cat(rows).numpy()).save(part, format="PNG")
         return {"picture": path, **media}
 
+    def _draw(self, step: int, panel: Mapping[str, Tensor]) -> dict[str, Path]:
+        """The stage's panel as samples/panel-NNNNNN.png, if it has one."""
+        if not panel:
+            return {}
+        path = self.folder / f"panel-{step:06d}.png"
+        draw_panel(path, panel)
+        return {"panel": path}
+
     def _middle(self, side: str, index: int) -> Tensor:
         """The middle frame of a clip that some rank wrote, `1 H W 3`."""
         frames = 4 * self.stage.config.data.latents_per_clip - 3
@@ -191,3 +205,18 @@ def _name(index: int) -> str:
 
 def _media(step: int, index: int) -> str:
     return f"step-{step:06d}-{_name(index)}.mp4"
+
+
+def draw_panel(path: Path, pictures: Mapping[str, Tensor]) -> None:
+    """The pictures beside each other under their names, as a PNG."""
+    from PIL import Image, ImageDraw
+
+    height, width = next(iter(pictures.values())).shape[:2]
+    sheet = Image.new("RGB", (width * len(pictures), height + TITLE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, picture) in enumerate(pictures.items()):
+        pen.text((i * width + 3, 1), name, fill="black")
+        sheet.paste(Image.fromarray(picture.cpu().numpy()), (i * width, TITLE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part:
+        sheet.save(part, format="PNG")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train.panel import _heat, contrast, draw_panel, saturation
+from train.panel import _heat, contrast, saturation
+from train.validate import draw_panel
 
 
 def test_saturation_and_contrast_of_known_frames():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import flashvsr
 from data import build
@@ -130,6 +131,17 @@ def test_a_profile_of_a_few_steps_is_written_and_printed(runs, tmp_path, capsys)
     assert "convolution_backward" in table and table in capsys.readouterr().out
     with pytest.raises(UserError, match="log.profile=9 is no step of 1 to steps=2"):
         config("vae", runs, "log.profile=9")
+
+
+def test_stage_3_shows_a_panel_and_its_numbers(runs):
+    """Before the first step the fake score is the teacher: both see the same, and DMD pushes nowhere."""
+    first, last = (m for m in metrics(runs, "stage3") if m["kind"] == "val" and m["step"] in (0, 2))
+    assert first["panel/gap"] == 0 and first["panel/direction"] == 0
+    assert last["panel/gap"] > 0 and last["panel/direction"] > 0
+    assert all(last[f"panel/fake@{sigma}"] > 0 for sigma in (0.1, 0.9))
+    assert last["panel/saturation"] > 0 and last["panel/contrast"] > 0
+    sheet = Image.open(runs / "mini/stage3/samples/panel-000002.png")
+    assert sheet.size == (5 * 64, 64 + 14)
 
 
 def test_the_same_command_again_does_nothing(runs, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -16,7 +17,9 @@ class DdpEngine(Engine):
     def __init__(self, module: nn.Module, build_optimizer: Optimizer, clip: float, world: World):
         super().__init__(module, build_optimizer, clip)
         devices = [world.device] if world.device.type == "cuda" else None
-        self.wrapped = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():  # the argument's successor is not in torch 2.11
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            self.wrapped = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
         self.size = world.size
 
     @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.flow import add_noise, shift_sigma
 from flashvsr.models.denoiser import Denoiser
@@ -46,6 +47,11 @@ class Teacher(Stage):
             loaded = flashvsr.load(self.config.init, parts=LOADED["dit"])
             start = loaded if loaded.dit is not None else None
         if start is None:
+            if self.config.stage.lora_rank:  # the fresh head is zero and would stay so: nothing would learn
+                raise UserError(
+                    f"stage.lora_rank={self.config.stage.lora_rank} adapts a trained DiT: give its folder "
+                    "with init=, or train from scratch with stage.lora_rank=0"
+                )
             self.sizes, prompt = self.model_config(), self.prompt(None)
             denoiser = fresh_denoiser(self.sizes, mode)
         else:
