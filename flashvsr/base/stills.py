@@ -1,4 +1,4 @@
-"""Single images and folders of numbered images, read with Pillow."""
+"""Files by their names; single images and folders of numbered images, read with Pillow."""
 
 from __future__ import annotations
 
@@ -15,12 +15,35 @@ from flashvsr.base.cli import UserError
 Source = str | Path | bytes | BinaryIO
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+VIDEO_SUFFIXES = frozenset(
+    (
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".ts",
+        ".mts",
+        ".mpg",
+        ".mpeg",
+        ".flv",
+        ".wmv",
+        ".gif",
+        ".y4m",
+    )
+)
 FRAME_NAME = re.compile(r"frame-\d+\.png")  # what VideoWriter writes
 
 
 def is_image(path: str | Path) -> bool:
     """Whether the name is that of an image file."""
     return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether the name is that of a video file."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def name_of(source: Source) -> str:

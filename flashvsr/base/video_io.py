@@ -8,49 +8,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flashvsr.base.cli import UserError
 from flashvsr.base.demux import Keyframes, numbered, opened
-from flashvsr.base.files import atomic, atomic_dir
+from flashvsr.base.footage import STILL_FPS
 from flashvsr.base.pixels import Box, ToRGB, cut
 from flashvsr.base.stills import (
-    FRAME_NAME,
+    VIDEO_SUFFIXES,
     Source,
     frames_of,
     is_frame_folder,
     is_image,
     is_picture,
+    is_video,
     name_of,
     natural,
     read_image,
 )
+from flashvsr.base.video_writer import VideoWriter
 
-VIDEO_SUFFIXES = frozenset(
-    (
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".ts",
-        ".mts",
-        ".mpg",
-        ".mpeg",
-        ".flv",
-        ".wmv",
-        ".gif",
-        ".y4m",
-    )
-)
-STILL_FPS = Fraction(25)  # images and folders of frames know no frame rate
+__all__ = (
+    "STILL_FPS", "VIDEO_SUFFIXES", "VideoInfo", "VideoWriter", "is_image", "is_video", "list_clips", "probe",
+    "read_frames",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,11 +50,6 @@ class VideoInfo:
     rotation: int
     has_audio: bool
     duration: float | None
-
-
-def is_video(path: str | Path) -> bool:
-    """Whether the name is that of a video file."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def list_clips(folder: str | Path, unreadable: list[tuple[str, str]] | None = None) -> list[Path]:
@@ -200,133 +180,3 @@ def _read_video(
             break
         if k >= start and not (k - start) % stride:
             yield to_rgb(frame)
-
-
-class VideoWriter:
-    """Write frames to a video file, or to a folder of PNG frames (frame-000000.png, ...) when the path ends
-    in "/" or has no suffix.
-
-    Use as a context manager: the file appears whole when the block ends, and not at all when it raises.
-    Pixels are 4:2:0, or 4:4:4 when a side is odd (never padded). `lossless` writes RGB exactly (libx264rgb
-    for libx264, else ffv1; for .mp4, .mov or .mkv). A folder is replaced only when it holds nothing but such
-    frames. UserError for what FFmpeg cannot write, and when no frame came.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        fps: Fraction | float,
-        height: int,
-        width: int,
-        codec: str = "libx264",
-        crf: float = 15,
-        lossless: bool = False,
-    ) -> None:
-        self.as_folder = str(path).endswith("/") or not Path(path).suffix
-        self.path, self.fps = Path(path), Fraction(fps).limit_denominator(100_000)
-        self.height, self.width = height, width
-        self.codec, self.crf, self.lossless = codec, crf, lossless
-        self.frames = 0
-        if self.fps <= 0 or height < 1 or width < 1:
-            raise UserError(f"{path}: cannot write {width}x{height} frames at {fps} per second")
-        if not self.as_folder and not is_video(self.path):
-            raise UserError(
-                f"{path}: unknown video suffix {self.path.suffix!r}; use .mp4, or a folder for PNG frames"
-            )
-
-    def __enter__(self) -> VideoWriter:
-        with ExitStack() as stack:
-            if self.as_folder:
-                ours = self.path.is_dir() and all(FRAME_NAME.fullmatch(p.name) for p in self.path.iterdir())
-                self._part = stack.enter_context(atomic_dir(self.path, replace=ours))
-            else:
-                self._part = stack.enter_context(atomic(self.path))
-                self._open(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def _open(self, stack: ExitStack) -> None:
-        import av
-
-        mp4 = self.path.suffix.lower() in (".mp4", ".m4v", ".mov")
-        options = {"movflags": "+faststart"} if mp4 else {}
-        with self._explained():
-            self._container = stack.enter_context(av.open(str(self._part), "w", container_options=options))
-            self._stream = self._container.add_stream(self._codec_name(), rate=self.fps)
-        stream = self._stream
-        stream.height, stream.width = self.height, self.width
-        if self.lossless:
-            stream.pix_fmt = "rgb24" if stream.codec_context.name == "libx264rgb" else "bgr0"
-            stream.options = {"qp": "0"}
-            return
-        stream.pix_fmt = "yuv444p" if self.height % 2 or self.width % 2 else "yuv420p"
-        stream.options = {"crf": str(self.crf)}
-        if stream.codec_context.name == "libx264":
-            # with macroblock trees x264 gives other bits from run to run on AVX-512 machines
-            stream.options |= {"x264-params": "mbtree=0"}
-        context = stream.codec_context
-        context.colorspace, context.color_range = 1, 1  # BT.709, limited range
-        context.color_primaries = context.color_trc = 1
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What FFmpeg refuses (a codec the file type cannot hold, a full disk) as one sentence."""
-        import av
-
-        try:
-            yield
-        except (av.error.FFmpegError, ValueError) as error:  # an unknown codec is a ValueError
-            reason = getattr(error, "strerror", None) or str(error)
-            what = f"{self._codec_name()} at {self.width}x{self.height}"
-            raise UserError(
-                f"{self.path}: writing {what} failed ({reason}); libx264 in .mp4 works"
-            ) from error
-
-    def _codec_name(self) -> str:
-        if not self.lossless:
-            return self.codec
-        return "libx264rgb" if self.codec == "libx264" else "ffv1"
-
-    def write(self, frames: np.ndarray) -> None:
-        """Append uint8 RGB frames [F, H, W, 3]."""
-        frames = np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
-            expected = f"uint8 [F, {self.height}, {self.width}, 3]"
-            raise ValueError(f"{self.path}: frames are {frames.dtype} {list(frames.shape)}, not {expected}")
-        for frame in frames:
-            if self.as_folder:
-                from PIL import Image
-
-                Image.fromarray(frame).save(self._part / f"frame-{self.frames:06d}.png", compress_level=3)
-            else:
-                self._encode(np.ascontiguousarray(frame))
-            self.frames += 1
-
-    def _encode(self, pixels: np.ndarray) -> None:
-        import av
-        from av.video.reformatter import ColorRange, Colorspace, Interpolation
-
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        if not self.lossless:
-            flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
-            frame = frame.reformat(
-                format=self._stream.pix_fmt,
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=flags | Interpolation.BITEXACT,
-            )
-        frame.pts, frame.time_base = self.frames, 1 / self.fps
-        with self._explained():
-            self._container.mux(self._stream.encode(frame))
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:
-            if not self.frames:
-                raise UserError(f"{self.path}: no frames came, so nothing is written; check the input")
-            if not self.as_folder:
-                with self._explained():
-                    self._container.mux(self._stream.encode())
-                    self._container.close()
