@@ -6,8 +6,9 @@ step decodes a random window of latents with gradient; earlier ones fill the mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 import flashvsr
 from flashvsr.attention.plans import SparseCausal, training_ratio
+from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_uint8
 from flashvsr.config import TCDecoderConfig
 from flashvsr.models.tc_decoder import MemBlock, TCDecoder
-from flashvsr.weights.folder import ModelInfo
+from flashvsr.weights.folder import FlashVSR, ModelInfo
 from train.losses.pixel import decode_window, difference, mse, window_frames
 from train.stages.feed import Inputs
+from train.stages.grow import grown, holds_more, read_taehv, taehv_file
 from train.stages.shared import LOADED, Loss, Stage
 from train.turns import Losses
 from train.validate import VALIDATION_STEP
@@ -45,20 +48,36 @@ def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
 
 class Decoder(Stage):
     def build(self) -> None:
+        self.taehv = None if self.config.init is None else taehv_file(Path(self.config.init))
         self.frozen_vae = self.vae()
-        self.sizes = replace(self.model_config(), vae=self.frozen_vae.config)
-        decoder = None
-        if self.config.init is not None:
-            start = flashvsr.load(self.config.init, parts=LOADED["tc_decoder"])
-            decoder = start.tc_decoder
-            self.sizes = start.config if decoder is not None else self.sizes
-        self.roles["decoder"] = self.engine(decoder or fresh_decoder(self.sizes.tc_decoder))
+        decoder = self._start()
+        self.sizes = replace(self.model_config(), vae=self.frozen_vae.config, tc_decoder=decoder.config)
+        self.roles["decoder"] = self.engine(decoder)
         self.student = None
         if self.config.stage.latents == "student":
             self.encodes = False
             self.student = self.find("dit", ["one-step"])
             self.student.dit.to(self.device).eval()
             self.student.lr_projector.to(self.device).eval()
+
+    def _start(self) -> TCDecoder:
+        """The decoder to train: grown from TAEHV's, or the start model's, or a fresh one."""
+        config, init = self.model_config().tc_decoder, self.config.init
+        if self.taehv is not None:
+            self.in_use["start"] = f"grown from {self.taehv.name}, its function unchanged"
+            return grown(read_taehv(self.taehv), fresh_decoder(config), str(self.taehv))
+        decoder = None if init is None else flashvsr.load(init, parts=LOADED["tc_decoder"]).tc_decoder
+        self.in_use["start"] = "from scratch" if decoder is None else "the TC decoder of init"
+        return fresh_decoder(config) if decoder is None else decoder
+
+    def find(self, part: str, kinds: Sequence[str] | None = None) -> FlashVSR:
+        """As in every stage, but `init` may be a TAEHV decoder alone, which holds nothing else."""
+        if self.taehv is None or holds_more(Path(self.config.init)):
+            return super().find(part, kinds)
+        try:
+            return self.of_run(part, kinds)
+        except UserError as error:
+            raise UserError(f"{error} in which {self.taehv.name} lies beside it") from None
 
     def prepare(self, micro: Mapping[str, Any], draw: Draw) -> Inputs:
         inputs = self.feed.inputs(micro, segments=1)
