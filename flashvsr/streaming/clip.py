@@ -16,6 +16,7 @@ from torch import Tensor
 from flashvsr import flow
 from flashvsr.attention.plans import CHUNK, PackedDense, Plan, SparseCausal, training_ratio
 from flashvsr.base.cli import UserError, build
+from flashvsr.streaming.color import correct
 from flashvsr.streaming.frames import (
     Canvas,
     Frames,
@@ -25,6 +26,7 @@ from flashvsr.streaming.frames import (
     choose_decoder,
     model_device,
     no_frames,
+    other_scale,
     pad_time,
     resolve_ratio,
 )
@@ -37,7 +39,7 @@ from flashvsr.streaming.stream import (
     dtype_of,
     noise_source,
 )
-from flashvsr.weights.folder import FlashVSR
+from flashvsr.weights.folder import FlashVSR, say
 
 
 class ClipUpscaler:
@@ -54,7 +56,7 @@ class ClipUpscaler:
         model: FlashVSR,
         *,
         steps: int | None = None,
-        scale: int = 4,
+        scale: int | float = 4,
         decoder: Literal["auto", "tc", "vae"] = "auto",
         sparse_ratio: float | Literal["auto"] | None = "auto",
         attention: str = "auto",
@@ -62,6 +64,7 @@ class ClipUpscaler:
         seed: int = 0,
         noise: Noise | Mapping[int, Tensor] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] = say,
     ):
         if model.info.kind not in ("teacher", "sparse"):
             raise UserError(
@@ -77,6 +80,7 @@ class ClipUpscaler:
         self.output = build(
             Output, {"scale": scale, "decoder": decoder, "color_fix": color_fix, "seed": seed}
         )
+        other_scale(scale, note)
         self.sparse_ratio = resolve_ratio(model, sparse_ratio)
         self.attention = attention
         self.attention_in_use = attention_in_use(model, attention) if self.sparse else "dense"
@@ -115,8 +119,7 @@ class ClipUpscaler:
                 f"{self._frames[0].shape[2]}: flush before a clip of another size"
             )
         self._frames.append(x.clone())
-        scale = self.output.scale
-        return np.empty((0, x.shape[1] * scale, x.shape[2] * scale, 3), np.uint8)
+        return np.empty((0, *self.output.size(*x.shape[1:3]), 3), np.uint8)
 
     def flush(self) -> np.ndarray:
         """Runs the model on all frames pushed and gives as many; then a new clip may begin."""
@@ -128,7 +131,7 @@ class ClipUpscaler:
         block = self.model.dit.config.block if self.sparse else (1, 1, 1)
         canvas = Canvas(
             tuple(frames.shape[1:3]),
-            self.output.scale,
+            self.output.size(*frames.shape[1:3]),
             (TOKEN_PIXELS * block[1], TOKEN_PIXELS * block[2]),
             self.device,
         )
@@ -179,8 +182,8 @@ class ClipUpscaler:
         for piece in z.split(STEP_LATENTS, 2):
             count = 4 * piece.shape[2] - 3 * (at == 0)
             reference = lr[:, :, at : at + count]
-            sr, memory = decode(self.decoder, piece, reference, self.output.color_fix, memory)
-            frames.append(canvas.take(sr))
+            sr, memory = decode(self.decoder, piece, reference, memory)
+            frames.append(canvas.take(correct(sr, reference, self.output.color_fix)))
             at += count
             done.add()
         return np.concatenate(frames)

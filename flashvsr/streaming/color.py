@@ -15,14 +15,21 @@ METHODS = ("adain", "wavelet", "none")
 
 
 def correct(sr: Tensor, lr: Tensor, method: str) -> Tensor:
-    """`sr` with the colours of `lr` (LR at output size), clamped to [-1,1]."""
+    """`sr` with the colours of `lr` (LR at output size), clamped to [-1,1].
+
+    One frame at a time: a frame's result cannot depend on which frames came with it, and only one frame's
+    filtering is in memory. UserError for an unknown method.
+    """
     if method == "none":
         return sr.clamp(-1, 1)
-    if method == "adain":
-        return adain(sr, lr).clamp(-1, 1)
-    if method == "wavelet":
-        return wavelet(sr, lr).clamp(-1, 1)
-    raise UserError(f"color_fix={method!r} is unknown; there are {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise UserError(f"color_fix={method!r} is unknown; there are {', '.join(METHODS)}")
+    fix = {"adain": adain, "wavelet": wavelet}[method]
+    out = torch.empty_like(sr)
+    for i in range(sr.shape[2]):
+        frame = slice(i, i + 1)
+        out[:, :, frame] = fix(sr[:, :, frame], lr[:, :, frame]).clamp_(-1, 1)
+    return out
 
 
 def adain(sr: Tensor, lr: Tensor, eps: float = 1e-5) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,14 +25,27 @@ Frames = np.ndarray | Tensor
 class Output:
     """How many times larger, through which decoder, with which colours, from which noise."""
 
-    scale: int = 4
+    scale: int | float = 4
     decoder: Literal["auto", "tc", "vae"] = "auto"
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.scale < 1:
+        if not 1 <= self.scale < math.inf:
             raise UserError(f"scale={self.scale} must be at least 1")
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output, rounded to whole pixels (halves up)."""
+        return math.floor(height * self.scale + 0.5), math.floor(width * self.scale + 0.5)
+
+
+MADE_FOR = 4  # the scale of the release and of every stage's training
+
+
+def other_scale(scale: float, note: Callable[[str], None]) -> None:
+    """Tells of a scale that the model did not see in training."""
+    if scale != MADE_FOR:
+        note(f"scale={scale:g}: the model was made for {MADE_FOR}; detail may be wrong or missing")
 
 
 def choose_decoder(model: FlashVSR, decoder: str) -> tuple[str, TCDecoder | WanVAE]:
@@ -86,10 +100,13 @@ class Canvas:
     """
 
     def __init__(
-        self, size: tuple[int, int], scale: int, multiple: tuple[int, int], device: torch.device | str
+        self,
+        lr_size: tuple[int, int],
+        size: tuple[int, int],
+        multiple: tuple[int, int],
+        device: torch.device | str,
     ):
-        self.lr_size, self.device = size, device
-        self.size = (size[0] * scale, size[1] * scale)
+        self.lr_size, self.size, self.device = lr_size, size, device
         self.padded = tuple(-(-side // m) * m for side, m in zip(self.size, multiple, strict=True))
         self._rows, self._columns = (
             mirrored(side, padded).to(device) for side, padded in zip(self.size, self.padded, strict=True)
@@ -97,15 +114,20 @@ class Canvas:
 
     def place(self, frames: Tensor) -> Tensor:
         """uint8 `F h w 3` -> float32 `1 3 F H W` in [-1,1] at the padded output size, on the device."""
+        return to_signed(self.place_8bit(frames))
+
+    def place_8bit(self, frames: Tensor) -> Tensor:
+        """As `place`, as the uint8 pixels before they go to [-1,1]."""
         x = bicubic_8bit(frames.to(self.device).permute(3, 0, 1, 2), self.size)
         if self.padded != self.size:
             x = x.index_select(-2, self._rows).index_select(-1, self._columns)
-        return to_signed(x)[None]
+        return x[None]
 
     def take(self, sr: Tensor) -> np.ndarray:
         """`1 3 F H W` in [-1,1] at the padded size -> uint8 `F sH sW 3`."""
         height, width = self.size
-        return to_uint8(sr[0, :, :, :height, :width]).permute(1, 2, 3, 0).cpu().contiguous().numpy()
+        frames = [to_uint8(frame[:, :height, :width]) for frame in sr[0].unbind(1)]
+        return torch.stack(frames).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def empty(self) -> np.ndarray:
         """No frames of the output size."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,19 +67,26 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def decode(
-    decoder: TCDecoder | WanVAE, latent: Tensor, reference: Tensor, color_fix: str, memory: tuple | None
+    decoder: TCDecoder | WanVAE, latent: Tensor, reference: Tensor, memory: tuple | None
 ) -> tuple[Tensor, tuple]:
-    """Latents `B 16 n h w` and their LR frames `B 3 F H W` -> colour-corrected frames, clamped; memory.
+    """Latents `B 16 n h w` and their LR frames `B 3 F H W` -> frames before colour correction; memory.
 
-    F = 4n-3 in the first call (`memory=None`), 4n later. VAE frames are clamped before the correction.
+    F = 4n-3 in the first call (`memory=None`), 4n later. VAE frames are clamped, TC frames are not. Two
+    latents at a time: a first call's six would hold three times the activations.
     """
-    latent = latent.to(dtype_of(decoder))
-    if isinstance(decoder, TCDecoder):
-        sr, memory = decoder(latent, reference, memory)
-    else:
-        sr, memory = decoder.decode(latent, memory)
-        sr = sr.clamp(-1, 1)
-    return correct(sr.to(reference.dtype), reference, color_fix), memory
+    frames, at = [], 0
+    for piece in latent.to(dtype_of(decoder)).split(STEP_LATENTS, 2):
+        count = 4 * piece.shape[2] - 3 * (memory is None)
+        if isinstance(decoder, TCDecoder):
+            sr, memory = decoder(piece, reference[:, :, at : at + count], memory)
+        else:
+            sr, memory = decoder.decode(piece, memory)
+            sr = sr.clamp(-1, 1)
+        # what is kept are last frames of long activations: as copies, so that those can go
+        memory = tuple(kept.clone() for kept in memory)
+        frames.append(sr.to(reference.dtype))
+        at += count
+    return torch.cat(frames, 2), memory
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class StreamSettings:
     area: int = 768 * 1280
     kv_chunks: int = 3
     local_range: int | None = 11
-    boundary: str = "truncated"
+    boundary: Literal["truncated", "preserved"] = "truncated"
     color_fix: str = "adain"
     attention: str = "auto"
 
@@ -100,6 +108,8 @@ class StreamSettings:
             )
         if self.local_range is not None and self.local_range < 1:
             raise UserError(f"local_range={self.local_range} must be at least 1, or none for no limit")
+        if self.local_range is None and self.boundary != "truncated":
+            raise UserError(f"local_boundary={self.boundary!r} has no effect without a local_range")
 
 
 class Stream:
@@ -149,24 +159,44 @@ class Stream:
             device=self.denoiser.dit.patch_embedding.weight.device,
         )
 
-    def denoise(self, lr: Tensor) -> Tensor:
-        """LR frames `B 3 F H W` in [-1,1] -> latents `B 16 n h w` (z = noise - velocity at sigma 1)."""
+    def project(self, lr: Tensor) -> list[Tensor]:
+        """LR frames `B 3 F H W` in [-1,1] -> per fed layer features `B n H/16 W/16 D`."""
         if self.next_latent == 0 and lr.shape[2] > 4 * FIRST_LATENTS + 1:
             raise UserError(f"the first call takes at most {4 * FIRST_LATENTS + 1} LR frames")
         projector = self.denoiser.lr_projector
-        features, self.projector_memory = projector(lr.to(dtype_of(projector)), self.projector_memory)
-        batch, n = lr.shape[0], features[0].shape[1]
-        height, width = lr.shape[-2:]
+        features, memory = projector(lr.to(dtype_of(projector)), self.projector_memory)
+        if memory is not None:  # None of a mode that cannot stream: one call is all it takes
+            self.projector_memory = tuple(kept.clone() for kept in memory)
+        return features
+
+    def sample(self, features: list[Tensor]) -> Tensor:
+        """Features of the next n latents -> latents `B 16 n h w` (z = noise - velocity at sigma 1)."""
+        batch, n, rows, columns = features[0].shape[:4]
+        height, width = rows * TOKEN_PIXELS, columns * TOKEN_PIXELS
+        device = features[0].device
         plan = self.plan(n, height, width)
         channels = self.denoiser.dit.config.in_channels
         shape = (channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
         noise = torch.stack([self.noise(self.next_latent + i, shape) for i in range(n)], 1)
-        noise = noise.to(lr.device, lr.dtype).expand(batch, -1, -1, -1, -1)
-        sigma = torch.ones(batch, 1, device=lr.device)
+        noise = noise.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
+        sigma = torch.ones(batch, 1, device=device)
         (v,) = self.denoiser([noise], sigma, plan, features=[[f] for f in features])
         self.ring.advance(plan.chunks)
         self.next_latent += n
         return noise - v.to(noise.dtype)
+
+    def denoise(self, lr: Tensor) -> Tensor:
+        """LR frames `B 3 F H W` in [-1,1] -> latents `B 16 n h w`."""
+        return self.sample(self.project(lr))
+
+    def render(self, latent: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and the LR frames they came from -> SR frames before colour correction, and the LR frames
+        of the same time."""
+        frames_in = lr if self.pending is None else torch.cat([self.pending, lr], 2)
+        count = frames_in.shape[2] - LOOK_AHEAD
+        reference, self.pending = frames_in[:, :, :count], frames_in[:, :, count:].clone()
+        sr, self.decoder_memory = decode(self.decoder, latent, reference, self.decoder_memory)
+        return sr, reference
 
     def run(self, lr: Tensor) -> Tensor:
         """The core on a whole clip: F = 8n+1 LR frames `B 3 F H W` at output size -> F-4 SR frames.
@@ -183,11 +213,5 @@ class Stream:
     @torch.no_grad()
     def step(self, lr: Tensor) -> Tensor:
         """LR frames at output size, `B 3 F H W` in [-1,1] -> SR frames, clamped."""
-        latent = self.denoise(lr)
-        frames_in = lr if self.pending is None else torch.cat([self.pending, lr], 2)
-        count = frames_in.shape[2] - LOOK_AHEAD
-        reference, self.pending = frames_in[:, :, :count], frames_in[:, :, count:]
-        sr, self.decoder_memory = decode(
-            self.decoder, latent, reference, self.settings.color_fix, self.decoder_memory
-        )
-        return sr
+        sr, reference = self.render(self.denoise(lr), lr)
+        return correct(sr, reference, self.settings.color_fix)

@@ -283,8 +283,8 @@ def test_compiled_blocks_give_the_same_frames(micro_model):
     plain = in_pieces(StreamingUpscaler(model), video(33), [33])
     upscaler = StreamingUpscaler(model, compile=True)
     assert upscaler.in_use["compiled"]
-    before = model.dit.blocks[0].before
-    assert StreamingUpscaler(model, compile=True).model.dit.blocks[0].before is before
+    before = model.dit.blocks[0].before.__func__
+    assert StreamingUpscaler(model, compile=True).model.dit.blocks[0].before.__func__ is before
     frames = in_pieces(upscaler, video(33), [33])
     assert np.abs(frames.astype(int) - plain.astype(int)).max() <= 1
 
@@ -293,7 +293,7 @@ def test_mirroring():
     assert mirrored(4, 11).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3, 2]
     assert mirrored(1, 3).tolist() == [0, 0, 0]
     assert mirrored(5, 5).tolist() == [0, 1, 2, 3, 4]
-    canvas = Canvas((5, 13), 4, (32, 64), "cpu")
+    canvas = Canvas((5, 13), (20, 52), (32, 64), "cpu")
     assert canvas.size == (20, 52) and canvas.padded == (32, 64)
     frames = torch.from_numpy(video(2))
     placed = canvas.place(frames)
@@ -337,7 +337,15 @@ def test_method_goes_by_the_kind(micro_model):
         ("one-step", {"decoder": "taehv"}, "decoder='taehv' must be"),
         ("one-step", {"color_fix": "lab"}, "color_fix='lab' must be"),
         ("one-step", {"scale": 0}, "scale=0 must be at least 1"),
-        ("one-step", {"scale": 2.5}, "scale=2.5 must be int"),
+        ("one-step", {"scale": 0.99}, "scale=0.99 must be at least 1"),
+        ("one-step", {"scale": float("nan")}, "scale=nan must be at least 1"),
+        ("one-step", {"scale": "4"}, "scale='4' must be int or float"),
+        ("one-step", {"local_boundary": "kept"}, "boundary='kept' must be 'truncated' or 'preserved'"),
+        ("one-step", {"local_range": None, "local_boundary": "preserved"}, "without a local_range"),
+        ("one-step", {"tile": 0}, "tile=0 must be at least 1"),
+        ("one-step", {"tile": "big"}, "tile='big' must be"),
+        ("one-step", {"overlap": -1}, "overlap=-1 must be at least 0"),
+        ("one-step", {"memory": 0}, "memory=0.0 must be above 0 GiB"),
         ("teacher", {"sparse_ratio": 1.5}, "no effect on a teacher"),
         ("teacher", {"kv_chunks": 3}, "'kv_chunks' has no meaning"),
         ("teacher", {"steps": 0}, "steps=0 must be"),
