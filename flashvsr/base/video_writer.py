@@ -245,7 +245,7 @@ class _Times:
         """Frame `number` is about to be encoded."""
         pts, duration = self._clock.popleft()
         if self._origin is None:
-            self._origin = pts
+            self._origin, self._usual = pts, duration
         self._shown[number] = pts, duration
         self._order.append(pts)
 
@@ -254,7 +254,7 @@ class _Times:
         if self._lead is None:
             self._lead = max(0, -packet.dts)
         pts, duration = self._shown.pop(packet.pts)
-        dts = self._order.popleft() if not self._lead else self._origin - self._lead
+        dts = self._order.popleft() if not self._lead else self._origin - self._lead * self._usual
         self._lead = max(0, self._lead - 1)
         packet.pts, packet.dts, packet.duration = pts, min(dts, pts), duration
         packet.time_base = self.time_base

@@ -1,22 +1,21 @@
-"""`python -m flashvsr upscale IN OUT --model DIR`: a video, a folder of frames or an image."""
+"""`python -m flashvsr upscale IN... OUT --model DIR`: videos, folders of frames, images, a pipe."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from flashvsr.base.cli import Progress, UserError
-from flashvsr.base.files import atomic
-from flashvsr.base.stills import is_image
-from flashvsr.base.video_io import VideoWriter, probe, read_frames
-from flashvsr.streaming import pipeline
+from flashvsr.base.footage import Footage, Moment
+from flashvsr.commands import paths
+from flashvsr.streaming.job import Done, Target, upscale
 
 DTYPES = ("float32", "bfloat16", "float16")
+PARTLY = 1  # the exit code when something could not be read to its end, or some of several inputs not at all
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -30,11 +29,23 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m flashvsr upscale",
-        description="Upscale a video, a folder of frames or an image with a model folder.",
+        description="Upscale videos, folders of frames or images with a model folder.",
     )
-    p.add_argument("source", metavar="IN", help="video file, folder of frames, or image")
-    p.add_argument("out", metavar="OUT", help=".mp4, .mkv or .mov, an image for an image, else a PNG folder")
+    p.add_argument(
+        "source", metavar="IN", nargs="+", help="video, folder of frames, image, 'pattern*', or - for a pipe "
+        "(y4m, or raw RGB with --size); several go into the folder OUT",
+    )  # fmt: skip
+    p.add_argument(
+        "out", metavar="OUT", help=".mp4, .mkv or .mov, an image for an image, - for raw RGB, else a folder"
+    )
     p.add_argument("--model", required=True, metavar="DIR", help="model folder: an export or a release")
+    _model_options(p.add_argument_group("how it is upscaled"))
+    _file_options(p.add_argument_group("what is read and written"))
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return p
+
+
+def _model_options(p: Any) -> None:
     p.add_argument("--scale", type=int, help="how many times larger (default: 4)")
     p.add_argument("--decoder", choices=("auto", "tc", "vae"), help="default: tc where the model has one")
     p.add_argument("--color-fix", choices=("adain", "wavelet", "none"), help="default: adain")
@@ -60,12 +71,49 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, else float32)")
+
+
+def _file_options(p: Any) -> None:
     p.add_argument(
-        "--crf", type=float, default=15, help="quality of the video, lower is better (%(default)s)"
+        "--start", type=_moment, metavar="T", help="begin there: 12.5 or 0:12.5 (seconds), or 300f"
     )
+    p.add_argument("--end", type=_moment, metavar="T", help="end before there")
+    p.add_argument(
+        "--codec",
+        default="libx264",
+        help="FFmpeg's encoder: libx264, libx265, ffv1 ... (default: %(default)s)",
+    )
+    p.add_argument("--crf", type=float, help="quality of the video, lower is better (default: 15)")
+    p.add_argument("--10bit", dest="ten_bit", action="store_true", help="10 bits per colour")
+    p.add_argument("--pix-fmt", help="FFmpeg's pixel format (default: yuv420p, yuv444p when a side is odd)")
+    p.add_argument("--no-audio", dest="audio", action="store_false", help="do not copy the sound")
+    p.add_argument("--size", type=_size, metavar="WxH", help="of the raw RGB frames that a pipe brings")
+    p.add_argument("--fps", type=_rate, help="of images, folders and raw frames (default: 25)")
     p.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    return p
+
+
+def _moment(text: str) -> Moment:
+    try:
+        return Moment.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 640x360")
+    return int(height), int(width)
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frame rate; write 25 or 30000/1001")
+    return rate
 
 
 SETTINGS = (
@@ -74,29 +122,105 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
-    """Parses, upscales, writes. Only settings that were given reach the method: others are its own."""
+def main(argv: list[str]) -> int | None:
+    """Parses, upscales, writes. Only settings that were given reach the method: others are its own.
+
+    Returns 1 when an input could be read only partly, or one of several not at all.
+    """
     given = parser().parse_args(argv, argparse.Namespace(sparse_ratio=..., local_range=...))
-    _check_paths(Path(given.source), given.out, given.force)
+    jobs = paths.plan(given.source, given.out, given.force)
+    for job in jobs:
+        if job.reason:
+            _say(given, job.reason)
+    jobs = [job for job in jobs if not job.reason]
+    if not jobs:
+        return None
+    _check(given, jobs)
     settings = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) not in (None, ...)}
     for name in ("sparse_ratio", "local_range"):  # there, None means: all
         if getattr(given, name) is None:
             settings[name] = None
-    info = probe(given.source)
+    first = _open(given, jobs[0].source) if len(jobs) == 1 else None  # before the model: a file is soon read
     with ExitStack() as stack:
         method = _open_method(given, settings, stack)
-        height, width = info.height * method.output.scale, info.width * method.output.scale
-        if not given.quiet:
-            print(f"{given.model}: " + ", ".join(f"{k} {v}" for k, v in method.in_use.items()))
-            print(f"{given.source}: {info.width}x{info.height} -> {given.out}: {width}x{height}")
-            if info.has_audio:
-                print(f"{given.source}: its sound is not copied")
-        sink = stack.enter_context(_sink(given.out, info.fps, height, width, given.crf))
-        progress = stack.enter_context(Progress(info.frames, "upscale", "frame", given.quiet))
-        times = pipeline.run(method, read_frames(given.source), sink.write, on_frames=progress.update)
+        _say(given, f"{given.model}: " + ", ".join(f"{k} {v}" for k, v in method.in_use.items()))
+        if first is not None:
+            return PARTLY if _one(given, method, first, jobs[0].out).missing else None
+        return _several(given, method, jobs)
+
+
+def _several(given: argparse.Namespace, method: Any, jobs: list[paths.Job]) -> int | None:
+    """One after another; one that fails is named and the others are done all the same."""
+    failed = 0
+    for number, job in enumerate(jobs, 1):
+        _say(given, f"{number} of {len(jobs)}")
+        try:
+            failed += bool(_one(given, method, _open(given, job.source), job.out).missing)
+        except UserError as error:
+            method.flush()  # what an input that failed has left in it
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"{failed} of {len(jobs)} inputs failed or are incomplete", file=sys.stderr)
+    return PARTLY if failed else None
+
+
+def _check(given: argparse.Namespace, jobs: list[paths.Job]) -> None:
+    """Options that have no effect here are mistakes."""
+    if given.size and jobs[0].source != "-":
+        raise UserError("--size says what raw RGB from a pipe is; IN is not -")
+    videos = [job for job in jobs if job.source != "-" and paths.is_video_file(job.source)]
+    if given.fps and videos:
+        raise UserError(f"--fps has no effect on {videos[0].source}, which has its own times")
+    for job in jobs:
+        _target(given, job.out)
+
+
+def _target(given: argparse.Namespace, out: str) -> Target:
+    return Target(
+        sys.stdout.buffer if out == "-" else out,
+        codec=given.codec,
+        crf=given.crf,
+        ten_bit=given.ten_bit,
+        pix_fmt=given.pix_fmt,
+        audio=given.audio,
+    )
+
+
+def _open(given: argparse.Namespace, source: str) -> Footage:
+    return Footage(
+        paths.Stdin() if source == "-" else source, given.start, given.end, fps=given.fps, raw=given.size
+    )
+
+
+def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> Done:
+    target, scale = _target(given, out), method.output.scale
+    height, width = footage.height * scale, footage.width * scale
+    how = f", {target.codec} {target.format_of(height, width)}" if target.is_video else ""
+    name = "stdin" if hasattr(footage.source, "read") else footage.name
+    _say(given, f"{name}: {footage.width}x{footage.height} -> {target.name}: {width}x{height}{how}")
+    if target.is_pipe:
+        _say(
+            given,
+            f"stdout: rgb24, for ffmpeg -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {footage.fps}",
+        )
+    with Progress(footage.frames, "upscale", "frame", given.quiet) as progress:
+        done = upscale(footage, method, scale, target, on_frames=progress.update)
+    for what in done.dropped:
+        _say(given, f"{name}: not copied: {what}")
+    for what in done.missing:
+        print(f"warning: {what}; what could be read is in {target.name}", file=sys.stderr)
+    each = done.times.total / max(done.times.frames, 1)
+    _say(
+        given,
+        f"{target.name}: {done.times.frames} frames in {done.times.total:.1f} s, {each:.3f} s per frame",
+    )
+    return done
+
+
+def _say(given: argparse.Namespace, sentence: str) -> None:
     if not given.quiet:
-        each = times.total / max(times.frames, 1)
-        print(f"{given.out}: {times.frames} frames in {times.total:.1f} s, {each:.3f} s per frame")
+        print(sentence, file=sys.stderr if given.out == "-" else sys.stdout, flush=True)
 
 
 def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: ExitStack) -> Any:
@@ -117,7 +241,7 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
         dtype=getattr(torch, dtype),
         device=device,
         lr_projector=given.lr_projector,
-        note=(lambda sentence: None) if given.quiet else say,
+        note=(lambda sentence: None) if given.quiet or given.out == "-" else say,
     )
     if model.info.kind in ("teacher", "sparse"):
         settings = settings | {"on_step": _sampling_bar(stack, given.quiet)}
@@ -129,44 +253,8 @@ def _sampling_bar(stack: ExitStack, quiet: bool) -> Callable[[int, int], None]:
     bars: list[Progress] = []
 
     def on_step(done: int, total: int) -> None:
-        if not bars:
+        if not bars or bars[-1].done == bars[-1].total:
             bars.append(stack.enter_context(Progress(total, "sample and decode", "step", quiet)))
-        bars[0].update()
+        bars[-1].update()
 
     return on_step
-
-
-def _check_paths(source: Path, out: str, force: bool) -> None:
-    path = Path(out)
-    if not source.exists():
-        raise UserError(f"{source} does not exist; check the path")
-    if path.exists() and path.resolve() == source.resolve():
-        raise UserError(f"{out} is the input itself; choose another output")
-    if is_image(path) and not is_image(source):
-        raise UserError(f"{out} is one image, {source} is not; give a video or a folder as OUT")
-    full = any(path.iterdir()) if path.is_dir() else path.exists()
-    if full and not force:
-        raise UserError(f"{out} already exists; --force replaces it")
-
-
-class _Image:
-    """Writes the one frame of an image."""
-
-    def __init__(self, path: str):
-        self.path = Path(path)
-
-    def __enter__(self) -> _Image:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, frames: np.ndarray) -> None:
-        from PIL import Image
-
-        with atomic(self.path) as part:
-            Image.fromarray(frames[0]).save(part)
-
-
-def _sink(out: str, fps: Any, height: int, width: int, crf: float) -> VideoWriter | _Image:
-    return _Image(out) if is_image(out) else VideoWriter(out, fps, height, width, crf=crf)
