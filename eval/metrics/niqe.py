@@ -20,7 +20,6 @@ from torch import Tensor
 
 from eval.metrics.frames import LUMA
 from eval.metrics.scoring import Frames, Metric, Values
-from flashvsr.base.cli import UserError
 
 BLOCK = 96
 _SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # right, below, and the two diagonals
@@ -30,14 +29,12 @@ _TOGETHER = {False: 2**18, True: 2**25}  # pixels of blocks described at once, o
 def niqe_of(luma: Tensor) -> Tensor:
     """NIQE of each frame, luma `n H W` in 0...255 -> float64 `n`; nan with under two textured blocks.
 
-    Blocks that do not fit in whole are left out. Raises UserError below two blocks.
+    Blocks that do not fit in whole are left out.
     """
     n, height, width = luma.shape
     rows, columns = height // BLOCK, width // BLOCK
     if rows * columns < 2:
-        raise UserError(
-            f"niqe needs frames that hold two blocks of {BLOCK}x{BLOCK} pixels, these are {width}x{height}"
-        )
+        return torch.full((n,), torch.nan, dtype=torch.float64)
     luma = luma[:, : rows * BLOCK, : columns * BLOCK].double()
     halves = (luma, _half(luma))
     features = [
@@ -150,7 +147,7 @@ def _gather(rows: Tensor) -> Values:
     """The mean over the frames where NIQE is defined, saying how many are not."""
     defined = rows[~rows.isnan()]
     if len(defined) == 0:
-        return Values(rows, None, reason="no frame has two blocks with texture")
+        return Values(rows, None, reason=f"no frame has two blocks of {BLOCK}x{BLOCK} pixels with texture")
     left_out = len(rows) - len(defined)
     reason = f"{left_out} of {len(rows)} frames without texture are left out" if left_out else ""
     return Values(rows, defined.mean().item(), reason=reason)
@@ -166,5 +163,4 @@ NIQE = Metric(
     measure=_measure,
     gather=_gather,
     needs_gt=False,
-    least=BLOCK,
 )
