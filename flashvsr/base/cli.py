@@ -36,8 +36,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues or starts again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\ninterrupted: {stop or 'the same command continues or starts again'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): say nothing, not even when Python flushes at exit.
@@ -209,6 +209,8 @@ class Progress:
     def _line(self, end: str = "") -> None:
         seconds = time.monotonic() - self._begun
         parts = [f"{self.label}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}"]
+        if self.done and seconds > 0:
+            parts.append(f"{self.done / seconds:.3g} {self.unit}/s")
         parts.append(f"{_clock(seconds)} gone")
         if not end and self.total and self.done:
             parts.append(f"{_clock(seconds / self.done * max(self.total - self.done, 0))} left")

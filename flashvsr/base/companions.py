@@ -66,7 +66,8 @@ class Companions:
         """
         for stream in self._streams:
             name = stream.codec_context.name
-            if stream.codec_context.codec.canonical_name not in output.supported_codecs:
+            known = stream.codec_context.codec.canonical_name in output.supported_codecs
+            if not known and not (stream.type == "audio" and self.suffix == ".mkv"):  # that holds any sound
                 what = f"{stream.type} track of kind {name}"
                 if stream.type == "audio":
                     raise UserError(
@@ -115,17 +116,24 @@ class Companions:
         chosen = [s for s in self._streams if s.index in self._copies]
         if not chosen:
             return
-        try:
-            for packet in self._input.demux(chosen):
-                copied = self._moved(packet)
-                if copied is not None:
-                    yield copied.dts * copied.time_base, copied
-        except av.error.FFmpegError as error:
-            self.missing = (
-                f"{self.source}: its sound and subtitles cannot be read to their end ({error.strerror})"
-            )
+        packets = self._input.demux(chosen)
+        while True:
+            try:
+                packet = next(packets, None)
+            except IndexError:  # PyAV: a packet of a stream that appears only now
+                packets = self._input.demux(chosen)
+                continue
+            except av.error.FFmpegError as error:
+                self.missing = (
+                    f"{self.source}: sound and subtitles cannot be read to their end ({error.strerror})"
+                )
+                return
+            if packet is None:
+                return
+            if (copied := self._moved(packet)) is not None:
+                yield copied.dts * copied.time_base, copied
 
-    def _moved(self, packet: Any) -> tuple[Fraction, Any] | None:
+    def _moved(self, packet: Any) -> Any:
         """The packet on the new clock and in the new stream; None for what lies outside or has no time."""
         if packet.size == 0 or packet.pts is None or packet.dts is None or packet.pts < packet.dts:
             return None

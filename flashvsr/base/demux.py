@@ -148,6 +148,8 @@ def opened(source: Source, ahead: bool = False) -> Iterator[tuple[Any, Any]]:
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
                 raise UserError(f"{name} has no video stream; give a video file")
+            if streams[0].codec_context is None:
+                raise UserError(f"{name} holds video of a codec unknown here; convert it to H.264 first")
             streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             if ahead:
                 streams[0].thread_type = "AUTO"

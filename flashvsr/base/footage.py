@@ -212,6 +212,9 @@ class Footage:
             while True:
                 try:
                     packet = next(packets, None)
+                except IndexError:  # PyAV: a packet of a stream that appears only now, and is not ours
+                    packets = container.demux(stream)
+                    continue
                 except av.error.FFmpegError as error:
                     self.missing = f"{self.name} cannot be read to its end ({error.strerror})"
                     break

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,8 @@ class VideoWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is not None:
-            self._stack.__exit__(kind, error, trace)
+            with suppress(OSError):  # a full disk fails again when the file is closed
+                self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
             self._finish()

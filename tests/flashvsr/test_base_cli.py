@@ -161,8 +161,8 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys, monkeypatch):
             bar.update(loss=0.5)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert lines[0] == "train: 40/100 step, 00:10 gone, 00:15 left, loss=0.5"
-    assert lines[-1].startswith("train: 100/100 step, 00:25 gone") and lines[-1].endswith("done")
+    assert lines[0] == "train: 40/100 step, 4 step/s, 00:10 gone, 00:15 left, loss=0.5"
+    assert lines[-1].startswith("train: 100/100 step, 4 step/s, 00:25 gone") and lines[-1].endswith("done")
 
 
 def test_progress_quiet_says_nothing(capsys):
