@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
         code = spawn([f"stage={stage}", *overrides], n, task=task, index=index)
         if code:
             return code
+        # the next stage starts from this one's result, whatever this one started from
+        overrides = [given for given in overrides if not given.startswith("init=")]
     return 0
 
 

@@ -124,6 +124,11 @@ class Stage:
             model = flashvsr.load(self.config.init, parts=LOADED[part])
             if getattr(model, part) is not None and (kinds is None or model.info.kind in kinds):
                 return model
+            if getattr(model, part) is not None and model.info.kind != "parts":
+                raise UserError(
+                    f"init={self.config.init} is a {model.info.kind} model, and "
+                    f"{STAGES[self.config.stage.name]} starts from {' or '.join(kinds)}"
+                )
         return self.of_run(part, kinds)
 
     def of_run(self, part: str, kinds: Sequence[str] | None = None) -> FlashVSR:
