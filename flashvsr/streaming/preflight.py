@@ -1,6 +1,6 @@
 """How much memory a stream will take, before it takes any; and the tiles that fit.
 
-The stream itself is run once without data (torch's meta device): every tensor has a size and no content, and
+The stream itself is run once without data (torch's fake tensors): every tensor has a size and no content, and
 the bytes alive at once are counted. So the numbers follow the code and no formula can fall behind it. What
 kernels take for themselves is added: attention's scratch, and what convolutions lay out anew.
 
@@ -11,14 +11,16 @@ tests/flashvsr/test_preflight.py; what a GPU's libraries add is not measured.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,16 +42,19 @@ from flashvsr.weights.folder import FlashVSR
 GIB = 2**30
 SHARE = 0.9  # of what is free: the rest is for what is not counted
 FIRST_FRAMES, STEP_FRAMES = 4 * FIRST_LATENTS + 1, 4 * STEP_LATENTS
+M = TypeVar("M", bound=nn.Module)
 PARTS = ("dit", "lr_projector", "tc_decoder", "vae")
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are alive, and the most there were at once."""
+    """Counts the bytes of the fake tensors that are alive, and the most there were at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._storages: dict[int, weakref.ref] = {}
+        # views of weights take nothing
+        weights = [t for m in modules for group in (m.parameters(), m.buffers()) for t in group]
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: t for t in weights}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -58,7 +63,7 @@ class _Alive(TorchDispatchMode):
             # the input and the result in the layout of the kernel
             extra = args[0].nbytes + out.nbytes
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+            if isinstance(tensor, FakeTensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now + extra)
         return out
@@ -101,7 +106,7 @@ def _attend(plan: CachedStreaming, layer: int, q: Tensor, k: Tensor, v: Tensor) 
 
 
 class _Dry(Stream):
-    """A stream on the meta device."""
+    """A stream of fake tensors."""
 
     def plan(self, latents: int, height: int, width: int) -> CachedStreaming:
         plan = super().plan(latents, height, width)
@@ -120,6 +125,18 @@ def _nbytes(module: nn.Module | None) -> int:
     return sum(t.nbytes for group in (module.parameters(), module.buffers()) for t in group)
 
 
+def _cast(module: M, dtype: torch.dtype) -> M:
+    """`module.to(dtype)`, which fake tensors refuse."""
+    for each in module.modules():
+        for name, value in each._parameters.items():
+            if value is not None:
+                each._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
+        for name, value in each._buffers.items():
+            if value is not None:
+                each._buffers[name] = value.to(dtype)
+    return module
+
+
 @dataclass(frozen=True)
 class Part:
     """One tile on the device: what it keeps between steps, and the most a step takes beyond that."""
@@ -132,21 +149,23 @@ class Part:
 def one_tile(
     config: ModelConfig, dtype: torch.dtype, size: tuple[int, int], settings: StreamSettings, decoder: str
 ) -> Part:
-    """Runs the first call and two more of a tile of `size` without data."""
-    with torch.device("meta"):
-        dit, projector = DiT(config.dit).to(dtype), LRProjector(config.lr_projector).to(dtype)
-        last = (TCDecoder(config.tc_decoder) if decoder == "tc" else WanVAE(config.vae)).to(dtype)
-        prompt = torch.empty(1, config.dit.text_len, config.dit.text_dim)
-    dit.set_prompt(prompt)
-    stream = _Dry(
-        Denoiser(dit, projector), last, settings, lambda i, shape: torch.empty(shape, device="meta")
-    )
-    with torch.no_grad(), _Fused(), _Alive() as alive:
-        for frames in (FIRST_FRAMES, STEP_FRAMES, STEP_FRAMES):
-            lr = torch.empty(1, 3, frames, *size, device="meta")
-            stream.step(lr)
-            del lr
-    return Part(alive.now, alive.peak - alive.now)
+    """Runs the first call and one more of a tile of `size` without data, with two layers for all of them:
+    what every layer adds is its keys and values."""
+    layers = min(config.dit.layers, 2)
+    shallow = replace(config.dit, layers=layers)
+    with FakeTensorMode(), torch.no_grad():
+        dit, projector = _cast(DiT(shallow), dtype), _cast(LRProjector(config.lr_projector), dtype)
+        last = _cast(TCDecoder(config.tc_decoder) if decoder == "tc" else WanVAE(config.vae), dtype)
+        dit.set_prompt(torch.empty(1, config.dit.text_len, config.dit.text_dim))
+        stream = _Dry(Denoiser(dit, projector), last, settings, lambda i, shape: torch.empty(shape))
+        with _Fused(), _Alive((dit, projector, last)) as alive:
+            for frames in (FIRST_FRAMES, STEP_FRAMES):
+                lr = torch.empty(1, 3, frames, *size)
+                stream.step(lr)
+                del lr
+        ring = stream.ring.keys.nbytes + stream.ring.values.nbytes + stream.ring.pooled.nbytes
+    others = ring // layers * (config.dit.layers - layers)
+    return Part(alive.now + others, alive.peak - alive.now)
 
 
 @dataclass(frozen=True)
