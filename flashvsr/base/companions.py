@@ -5,6 +5,7 @@ Nothing is encoded again. Where the new file's type cannot hold a sound track, t
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from flashvsr.base.cli import UserError
 
 # What a container writes about itself, and what turns frames that are upright already.
 _OWN = frozenset(("major_brand", "minor_version", "compatible_brands", "encoder", "rotate", "duration"))
+_OTHERS = {".mkv": "matroska", ".mov": "mov"}  # what may hold what OUT cannot
 
 
 class Companions:
@@ -66,15 +68,18 @@ class Companions:
         """
         for stream in self._streams:
             name = stream.codec_context.name
-            known = stream.codec_context.codec.canonical_name in output.supported_codecs
-            if not known and not (stream.type == "audio" and self.suffix == ".mkv"):  # that holds any sound
+            codec = stream.codec_context.codec.canonical_name
+            if codec not in output.supported_codecs:
                 what = f"{stream.type} track of kind {name}"
+                other = next((s for s, format in _OTHERS.items() if codec in _held_by(format)), None)
                 if stream.type == "audio":
+                    hint = f"name OUT {other}" if other else "convert it to AAC first"
                     raise UserError(
-                        f"{self.source}: its {what} cannot be copied into a {self.suffix} file; name OUT "
-                        f".mkv, or leave the sound out with --no-audio"
+                        f"{self.source}: its {what} cannot be copied into a {self.suffix} file; {hint}, or "
+                        f"leave the sound out with --no-audio"
                     )
-                self.dropped.append(f"{what} (a {self.suffix} file cannot hold it, .mkv can)")
+                hint = f", a {other} file can" if other else ""
+                self.dropped.append(f"{what} (a {self.suffix} file cannot hold it{hint})")
                 continue
             copy = output.add_stream_from_template(stream)
             copy.metadata.update(_kept(stream.metadata))
@@ -146,6 +151,13 @@ class Companions:
         packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
         packet.stream = self._copies[index]
         return packet
+
+
+def _held_by(format: str) -> set[str]:
+    import av
+
+    with av.open(io.BytesIO(), "w", format=format) as file:
+        return file.supported_codecs
 
 
 def _kept(metadata: dict[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections import deque
@@ -97,7 +98,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         with ExitStack() as stack:
             if self.as_folder:
-                self._part = stack.enter_context(atomic_dir(self.path, replace=_is_ours(self.path)))
+                self._part = stack.enter_context(atomic_dir(self.path, replace=is_ours(self.path)))
             else:
                 self._part = stack.enter_context(atomic(self.path))
                 self._open(stack)
@@ -216,7 +217,7 @@ class VideoWriter:
         """Ends before the clip does: what was written so far becomes `path`, and nothing `self.path`."""
         self.companions, copied = None, self.companions  # its sound would be longer than the pictures
         self._finish()
-        if self.as_folder and _is_ours(path):
+        if self.as_folder and is_ours(path):
             shutil.rmtree(path)
         os.replace(self._part, path)
         self.companions = copied
@@ -230,12 +231,74 @@ class VideoWriter:
             self._finish()
 
 
+def join(
+    segments: list[Path], path: Path, clock: Clock, time_base: Fraction, companions: Companions | None
+) -> None:
+    """Makes one file of Matroska segments of one encoding, each of which can be decoded by itself, without
+    decoding them; frames get the times of `clock`. Atomic; UserError for what the file type cannot hold."""
+    import av
+
+    number_of, lead = {}, 0
+    for segment in segments:
+        number_of[segment] = order = _numbers(segment)
+        lead = max([lead, *(n - number for n, number in enumerate(order))])
+    times, count = _Times(clock, time_base), 0
+    options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
+    try:
+        with (
+            atomic(path) as part,
+            av.open(str(part), "w", container_options=options) as out,
+            ExitStack() as stack,
+        ):
+            inputs = (stack.enter_context(av.open(str(segment))) for segment in segments)
+            first = next(inputs)
+            stream = out.add_stream_from_template(first.streams.video[0])
+            stream.time_base = time_base
+            if companions is not None:
+                companions.attach(out)
+            for segment, file in zip(segments, itertools.chain([first], inputs), strict=True):
+                order = number_of[segment]
+                for n, (packet, number) in enumerate(zip(_pictures(file), order, strict=True)):
+                    while times.added <= count + number:
+                        times.add(times.added)
+                    packet.pts, packet.dts = count + number, count + n - lead
+                    times.stamp(packet)
+                    packet.stream = stream
+                    if companions is not None:
+                        companions.up_to(out, packet.dts * packet.time_base)
+                    out.mux(packet)
+                count += len(order)
+                file.close()
+            if companions is not None:
+                companions.up_to(out, None)
+    except (av.error.FFmpegError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: writing failed ({reason}); libx264 in .mp4 works") from error
+
+
+def _pictures(file: Any) -> Iterator[Any]:
+    return (packet for packet in file.demux(video=0) if packet.size)
+
+
+def _numbers(segment: Path) -> list[int]:
+    """The number of each packet's frame among those of its segment, in the order of the file."""
+    import av
+
+    with av.open(str(segment)) as file:
+        shown = [packet.pts for packet in _pictures(file)]
+    place = {pts: number for number, pts in enumerate(sorted(shown))}
+    return [place[pts] for pts in shown]
+
+
 class _Times:
     """Puts the times of frames on the packets of an encoder that saw frame numbers: what it decides then does
     not depend on times, and a variable rate is kept."""
 
     def __init__(self, clock: Clock, time_base: Fraction) -> None:
         self._clock, self.time_base = clock, time_base
+        self.added = 0
         self._shown: dict[int, tuple[int, int]] = {}
         self._order: deque[int] = deque()
         self._first: int | None = None
@@ -245,6 +308,7 @@ class _Times:
     def add(self, number: int) -> None:
         """Frame `number` is about to be encoded."""
         pts, duration = self._clock.popleft()
+        self.added += 1
         if self._origin is None:
             self._origin, self._usual = pts, duration
         self._shown[number] = pts, duration
@@ -261,5 +325,6 @@ class _Times:
         packet.time_base = self.time_base
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but frames as written here."""
     return folder.is_dir() and all(FRAME_NAME.fullmatch(p.name) for p in folder.iterdir())

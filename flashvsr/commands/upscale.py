@@ -26,6 +26,18 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def _auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return "auto" if text.lower() == "auto" else kind(text)
+
+    convert.__name__ = f"auto or {kind.__name__}"
+    return convert
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m flashvsr upscale",
@@ -46,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _model_options(p: Any) -> None:
-    p.add_argument("--scale", type=int, help="how many times larger (default: 4)")
+    p.add_argument("--scale", type=_number, help="how many times larger, from 1 on (default: 4)")
     p.add_argument("--decoder", choices=("auto", "tc", "vae"), help="default: tc where the model has one")
     p.add_argument("--color-fix", choices=("adain", "wavelet", "none"), help="default: adain")
     p.add_argument("--seed", type=int, help="seed of the noise (default: 0)")
@@ -60,6 +72,10 @@ def _model_options(p: Any) -> None:
         "--local-range", type=_or_none(int), help="one-step models: block rows and columns a block sees, "
         "none for all (default: 11)",
     )  # fmt: skip
+    p.add_argument(
+        "--local-boundary", choices=("truncated", "preserved"), help="at the border that window is cut, or "
+        "shifted inside (default: truncated)",
+    )  # fmt: skip
     p.add_argument("--steps", type=int, help="teachers and sparse students: sampler steps (default: theirs)")
     p.add_argument(
         "--lr-projector", default="auto", choices=("auto", "v1", "v1.1"), help="of a release folder whose "
@@ -69,6 +85,15 @@ def _model_options(p: Any) -> None:
         "--compile", action="store_const", const=True, help="one-step models: compile the blocks; faster "
         "after a slow start",
     )  # fmt: skip
+    p.add_argument(
+        "--tile", type=_auto_or(int), help="one-step models: cut the picture into tiles of as many LR "
+        "pixels, or auto: as the memory allows",
+    )  # fmt: skip
+    p.add_argument("--overlap", type=int, help="LR pixels that tiles share at least (default: 24)")
+    p.add_argument("--memory", type=_auto_or(float), help="GiB of the device to take at most, or auto")
+    p.add_argument(
+        "--offload", action="store_const", const=True, help="keep on the device only the part at work"
+    )
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, else float32)")
 
@@ -78,6 +103,10 @@ def _file_options(p: Any) -> None:
         "--start", type=_moment, metavar="T", help="begin there: 12.5 or 0:12.5 (seconds), or 300f"
     )
     p.add_argument("--end", type=_moment, metavar="T", help="end before there")
+    p.add_argument(
+        "--resume", action="store_true", help="one-step models: keep the state in OUT.resume/ and go on "
+        "from there after a kill; the file is the same",
+    )  # fmt: skip
     p.add_argument(
         "--codec",
         default="libx264",
@@ -118,7 +147,7 @@ def _rate(text: str) -> Fraction:
 
 SETTINGS = (
     "scale", "decoder", "color_fix", "seed", "attention", "sparse_ratio", "kv_chunks", "local_range", "steps",
-    "compile",
+    "compile", "local_boundary", "tile", "overlap", "memory", "offload",
 )  # fmt: skip
 
 
@@ -194,8 +223,8 @@ def _open(given: argparse.Namespace, source: str) -> Footage:
 
 
 def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> Done:
-    target, scale = _target(given, out), method.output.scale
-    height, width = footage.height * scale, footage.width * scale
+    target = _target(given, out)
+    height, width = method.output.size(footage.height, footage.width)
     how = f", {target.codec} {target.format_of(height, width)}" if target.is_video else ""
     name = "stdin" if hasattr(footage.source, "read") else footage.name
     _say(given, f"{name}: {footage.width}x{footage.height} -> {target.name}: {width}x{height}{how}")
@@ -205,7 +234,9 @@ def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> 
             f"stdout: rgb24, for ffmpeg -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {footage.fps}",
         )
     with Progress(footage.frames, "upscale", "frame", given.quiet) as progress:
-        done = upscale(footage, method, scale, target, on_frames=progress.update)
+        done = (_resumable() if given.resume else upscale)(
+            footage, method, (height, width), target, on_frames=progress.update
+        )
     for what in done.dropped:
         _say(given, f"{name}: not copied: {what}")
     for what in done.missing:
@@ -216,6 +247,12 @@ def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> 
         f"{target.name}: {done.times.frames} frames in {done.times.total:.1f} s, {each:.3f} s per frame",
     )
     return done
+
+
+def _resumable() -> Callable[..., Done]:
+    from flashvsr.streaming.resume import upscale_resumable  # brings torch
+
+    return upscale_resumable
 
 
 def _say(given: argparse.Namespace, sentence: str) -> None:

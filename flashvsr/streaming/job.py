@@ -88,26 +88,21 @@ class Done:
 def upscale(
     footage: Footage,
     method: Any,
-    scale: int,
+    size: tuple[int, int],
     target: Target,
     *,
     overlap: bool = True,
     on_frames: Callable[[int], Any] | None = None,
-    on_open: Callable[[Any], Any] | None = None,
 ) -> Done:
-    """Pushes a clip's frames through `method` (`push`, `flush`, `scale` times larger) and writes them.
+    """Pushes a clip's frames through `method` (`push`, `flush`) that makes them `size` and writes them.
 
     What cannot be read to its end is upscaled as far as it goes. The output appears whole or not at all;
     Ctrl-C leaves what is done as NAME.partial.SUFFIX and raises Interrupted. UserError as from Footage,
-    Target, Companions and VideoWriter. `on_open` is called with the sink before the first frame.
+    Target, Companions and VideoWriter.
     """
     with ExitStack() as stack:
         stack.enter_context(footage)
-        sink = stack.enter_context(
-            _sink(footage, target, footage.height * scale, footage.width * scale, stack)
-        )
-        if on_open is not None:
-            on_open(sink)
+        sink = stack.enter_context(_sink(footage, target, *size, stack))
         try:
             times = pipeline.run(method, footage, sink.write, overlap=overlap, on_frames=on_frames)
         except KeyboardInterrupt:
@@ -132,34 +127,50 @@ def _sink(footage: Footage, target: Target, height: int, width: int, stack: Exit
         return _Image(target.out)
     if target.is_folder:
         return VideoWriter(target.out, footage.fps, height, width)
-    companions = None
-    if footage.is_video and not hasattr(footage.source, "read"):
-        cut = footage.start is not None or footage.end is not None
-        companions = stack.enter_context(
-            Companions(
-                footage.source,
-                Path(target.out).suffix,
-                start=footage.first_time if cut else None,
-                end=_expected_end(footage),
-                audio=target.audio,
-            )
-        )
-        footage.shift = round(companions.shift / footage.time_base)
-    elif footage.start is not None:
-        footage.shift = round(footage.first_time / footage.time_base)
-    return VideoWriter(
+    companions = companions_of(footage, target, stack)
+    return video_writer(
         target.out,
-        footage.fps,
-        height,
-        width,
-        codec=target.codec,
-        crf=15 if target.crf is None and _has_crf(target.codec) else target.crf,
-        pix_fmt=target.format_of(height, width),
-        color=footage.color,
-        aspect=footage.aspect,
+        footage,
+        target,
+        (height, width),
         clock=footage.clock,
         time_base=footage.time_base,
         companions=companions,
+    )
+
+
+def companions_of(footage: Footage, target: Target, stack: ExitStack) -> Companions | None:
+    """What is copied beside the pictures; sets what is taken off their times, so that a cut begins at 0."""
+    if target.is_video and footage.is_video and not hasattr(footage.source, "read"):
+        cut = footage.start is not None or footage.end is not None
+        companions = Companions(
+            footage.source,
+            Path(target.out).suffix,
+            start=footage.first_time if cut else None,
+            end=_expected_end(footage),
+            audio=target.audio,
+        )
+        footage.shift = round(companions.shift / footage.time_base)
+        return stack.enter_context(companions)
+    if footage.start is not None:
+        footage.shift = round(footage.first_time / footage.time_base)
+    return None
+
+
+def video_writer(
+    path: str, footage: Footage, target: Target, size: tuple[int, int], **more: Any
+) -> VideoWriter:
+    """A writer of the target's encoding, with the source's colours and pixel shape."""
+    return VideoWriter(
+        path,
+        footage.fps,
+        *size,
+        codec=target.codec,
+        crf=15 if target.crf is None and _has_crf(target.codec) else target.crf,
+        pix_fmt=target.format_of(*size),
+        color=footage.color,
+        aspect=footage.aspect,
+        **more,
     )
 
 
