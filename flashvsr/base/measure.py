@@ -11,7 +11,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,21 @@ def split(
     `forward`), replaced by a timed one meanwhile. Parts must not call each other. GPU work is waited for at
     the ends of each part, which costs a little: time `fn` alone for its speed.
     """
-    spent: dict[str, float] = {}
+    rounds: dict[str, list[float]] = defaultdict(list)
+    with watch(parts) as spent:
+        for turn in range(warmup + repeats):
+            spent.update(dict.fromkeys(parts, 0.0))
+            total = _seconds(fn)
+            if turn >= warmup:
+                for name, seconds in {**spent, "rest": total - sum(spent.values()), "all": total}.items():
+                    rounds[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+@contextmanager
+def watch(parts: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
+    """Gives the seconds spent so far in each of the parts that `split` describes, while the block runs."""
+    spent = dict.fromkeys(parts, 0.0)
     owned = {name: attribute in vars(owner) for name, (owner, attribute) in parts.items()}
     originals = {name: getattr(owner, attribute) for name, (owner, attribute) in parts.items()}
 
@@ -106,23 +121,16 @@ def split(
 
         return wrapper
 
-    rounds: dict[str, list[float]] = defaultdict(list)
     try:
         for name, (owner, attribute) in parts.items():
             setattr(owner, attribute, timed(name))
-        for turn in range(warmup + repeats):
-            spent.update(dict.fromkeys(parts, 0.0))
-            total = _seconds(fn)
-            if turn >= warmup:
-                for name, seconds in {**spent, "rest": total - sum(spent.values()), "all": total}.items():
-                    rounds[name].append(seconds)
+        yield spent
     finally:
         for name, (owner, attribute) in parts.items():
             if owned[name]:
                 setattr(owner, attribute, originals[name])
             else:
                 delattr(owner, attribute)
-    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
 
 
 def shares(

@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="DIR", help="model folder: an export or a release")
     _model_options(p.add_argument_group("how it is upscaled"))
     _file_options(p.add_argument_group("what is read and written"))
+    p.add_argument("--benchmark", action="store_true", help="print where the time went")
+    p.add_argument("--json", metavar="FILE", help="with --benchmark: write it there, too")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return p
 
@@ -201,6 +203,10 @@ def _check(given: argparse.Namespace, jobs: list[paths.Job]) -> None:
     videos = [job for job in jobs if job.source != "-" and paths.is_video_file(job.source)]
     if given.fps and videos:
         raise UserError(f"--fps has no effect on {videos[0].source}, which has its own times")
+    if given.json and not given.benchmark:
+        raise UserError("--json says where --benchmark writes; give both")
+    if given.benchmark and len(jobs) > 1:
+        raise UserError(f"--benchmark is of one input, not of {len(jobs)}")
     for job in jobs:
         _target(given, job.out)
 
@@ -234,9 +240,9 @@ def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> 
             f"stdout: rgb24, for ffmpeg -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {footage.fps}",
         )
     with Progress(footage.frames, "upscale", "frame", given.quiet) as progress:
-        done = (_resumable() if given.resume else upscale)(
-            footage, method, (height, width), target, on_frames=progress.update
-        )
+        work = _resumable() if given.resume else upscale
+        work = _benchmarked(given, method, work) if given.benchmark else work
+        done = work(footage, method, (height, width), target, on_frames=progress.update)
     for what in done.dropped:
         _say(given, f"{name}: not copied: {what}")
     for what in done.missing:
@@ -247,6 +253,23 @@ def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> 
         f"{target.name}: {done.times.frames} frames in {done.times.total:.1f} s, {each:.3f} s per frame",
     )
     return done
+
+
+def _benchmarked(given: argparse.Namespace, method: Any, work: Callable[..., Done]) -> Callable[..., Done]:
+    """The same work, with its report printed (also with --quiet: it was asked for) and written."""
+    from flashvsr.base.files import write_json
+    from flashvsr.bench.latency import latency, table, watched
+
+    def run(*args: Any, **more: Any) -> Done:
+        with watched(method) as watch:
+            done = work(*args, **more)
+        report = latency(done.times, watch) | {"in_use": {k: str(v) for k, v in method.in_use.items()}}
+        print(table(report), file=sys.stderr if given.out == "-" else sys.stdout)
+        if given.json:
+            write_json(given.json, report)
+        return done
+
+    return run
 
 
 def _resumable() -> Callable[..., Done]:

@@ -1,7 +1,7 @@
 """Upscaling that survives a kill: finished segments and the model's state lie beside the output.
 
-Every SEGMENT_FRAMES input frames the segment so far is closed and the stream's state saved. The same
-command goes on after the last one. At the end the segments' packets, not decoded again, become one file. Where
+Every SEGMENT_FRAMES input frames the segment so far is closed and the stream's state saved. The same command
+goes on after the last one. At the end the segments' packets, not decoded again, become one file. Where
 segments end depends on the frames only, so the file is the same whether or not it was interrupted.
 """
 
