@@ -11,7 +11,7 @@ tests/flashvsr/test_preflight.py; what a GPU's libraries add is not measured.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,7 @@ from flashvsr.weights.folder import FlashVSR
 
 GIB = 2**30
 SHARE = 0.9  # of what is free: the rest is for what is not counted
+FRAGMENTS = 1.1  # what an allocator holds beside what is asked of it; peaks measured on a CPU fit with it
 FIRST_FRAMES, STEP_FRAMES = 4 * FIRST_LATENTS + 1, 4 * STEP_LATENTS
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("dit", "lr_projector", "tc_decoder", "vae")
@@ -60,8 +61,8 @@ class _Alive(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         extra = 0
         if func is torch.ops.aten.convolution.default:
-            # the input and the result in the layout of the kernel
-            extra = args[0].nbytes + out.nbytes
+            # the input and the result in the layout of the kernel: blocks of 16 channels
+            extra = sum(t.nbytes * -(-t.shape[1] // 16) * 16 // t.shape[1] for t in (args[0], out))
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
                 self._add(tensor.untyped_storage())
@@ -128,12 +129,10 @@ def _nbytes(module: nn.Module | None) -> int:
 def _cast(module: M, dtype: torch.dtype) -> M:
     """`module.to(dtype)`, which fake tensors refuse."""
     for each in module.modules():
-        for name, value in each._parameters.items():
-            if value is not None:
-                each._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
-        for name, value in each._buffers.items():
-            if value is not None:
-                each._buffers[name] = value.to(dtype)
+        for name, value in each.named_parameters(recurse=False):
+            setattr(each, name, nn.Parameter(value.to(dtype), requires_grad=False))
+        for name, value in each.named_buffers(recurse=False):
+            setattr(each, name, value.to(dtype))
     return module
 
 
@@ -165,7 +164,14 @@ def one_tile(
                 del lr
         ring = stream.ring.keys.nbytes + stream.ring.values.nbytes + stream.ring.pooled.nbytes
     others = ring // layers * (config.dit.layers - layers)
-    return Part(alive.now + others, alive.peak - alive.now)
+    return Part(alive.now + others, int(FRAGMENTS * (alive.peak - alive.now)))
+
+
+def _part(model: FlashVSR, size: tuple[int, int], settings: StreamSettings, decoder: str) -> Part:
+    dtype = model.dit.patch_embedding.weight.dtype
+    # what changes no size: one run serves all
+    settings = replace(settings, attention="auto", local_range=None, boundary="truncated")
+    return one_tile(model.config, dtype, size, settings, decoder)
 
 
 @dataclass(frozen=True)
@@ -199,17 +205,17 @@ def estimate(
     model: FlashVSR,
     tiles: Tiles,
     settings: StreamSettings,
-    decoder: Literal["tc", "vae"],
+    decoder: str,
     *,
-    device: torch.device,
     offload: bool = False,
+    part: Part | None = None,
 ) -> Estimate:
     """What streaming a picture cut into `tiles` takes on the device and in the host's memory.
 
-    host: the results that wait there to be written, and what is offloaded; not the process itself.
+    host: the results that wait there to be written, and what is offloaded; not the process itself. part: of
+    one tile, where it is known.
     """
-    dtype = model.dit.patch_embedding.weight.dtype
-    part = one_tile(model.config, dtype, tiles.size, settings, decoder)
+    part = part or _part(model, tiles.size, settings, decoder)
     count = len(tiles.places)
     held = {name: _nbytes(getattr(model, name)) for name in PARTS}
     weights, state, host = sum(held.values()), count * part.state, 0
@@ -268,7 +274,7 @@ class Preflight:
     def estimate(self, tiles: Tiles, **changed: Any) -> Estimate:
         """`estimate` of this; `changed`: settings, decoder or offload instead of its own."""
         what = {"settings": self.settings, "decoder": self.decoder, "offload": self.offload} | changed
-        return estimate(self.model, tiles, device=self.device, **what)
+        return estimate(self.model, tiles, **what)
 
     def fits(self, tiles: Tiles, **changed: Any) -> bool:
         return self.limit is None or self.estimate(tiles, **changed).device <= self.limit
@@ -280,10 +286,37 @@ class Preflight:
 
         overlap in output pixels; below: only tiles of fewer pixels than that.
         """
+        guess = self._by_area(canvas, multiple)
         for tiles in candidates(canvas, overlap, multiple):
-            if (below is None or tiles.area < below) and self.fits(tiles):
+            if below is not None and tiles.area >= below:
+                continue
+            if self.limit is None:
+                return tiles
+            likely = estimate(
+                self.model, tiles, self.settings, self.decoder, offload=self.offload, part=guess(tiles.area)
+            )
+            if likely.device <= self.limit and self.fits(tiles):
                 return tiles
         return None
+
+    def _by_area(self, canvas: tuple[int, int], multiple: tuple[int, int]) -> Callable[[int], Part]:
+        """One tile's memory by its pixels, on the line through the smallest tile and the canvas: quick, and
+        right to a few percent, as nearly all of it grows with pixels."""
+
+        @lru_cache(2)
+        def at(size: tuple[int, int]) -> Part:
+            return _part(self.model, size, self.settings, self.decoder)
+
+        def guess(area: int) -> Part:
+            small, large = at(multiple), at(canvas)
+            first, last = multiple[0] * multiple[1], canvas[0] * canvas[1]
+            share = (area - first) / max(last - first, 1)
+            return Part(
+                round(small.state + share * (large.state - small.state)),
+                round(small.working + share * (large.working - small.working)),
+            )
+
+        return guess
 
     def check(self, tiles: Tiles, overlap: int, multiple: tuple[int, int]) -> None:
         """UserError, with settings that would fit, when these tiles need more than there is."""

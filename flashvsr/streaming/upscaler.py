@@ -43,6 +43,7 @@ from flashvsr.streaming.tiling import TiledStream, Tiles, Tiling, lay, overlap_p
 from flashvsr.weights.folder import FlashVSR, say
 
 STEP_FRAMES = 4 * STEP_LATENTS
+VAE_LATENTS = 24  # that a VAE is given again after a retry
 
 
 def first_latents(frames: int) -> int:
@@ -211,19 +212,31 @@ class StreamingUpscaler:
 
     def _step(self, count: int) -> np.ndarray:
         lr = self._waiting[:count]
-        try:
-            frames, error = self._run(lr), None
-        except torch.OutOfMemoryError as ended:
-            error = str(ended).splitlines()[0]
-        if error is not None:  # outside of the handler, which keeps the tensors of the failed step alive
-            self._start_again(error)
-            frames = self._run(lr)
+        frames, ended = self._attempt(lr)
+        if frames is None:
+            self._start_again(ended)
+            frames, ended = self._attempt(lr)
+            if frames is None:
+                raise UserError(self._ended_again(ended))
         self._position = self._stream.next_latent
         self._past = torch.cat([self._past, lr])[-self._context :]
         self._waiting = self._waiting[count:]
         frames = frames[: self._owed]
         self._owed -= len(frames)
         return frames
+
+    def _attempt(self, frames: Tensor) -> tuple[np.ndarray | None, str]:
+        """What `_run` gives, or None and the reason where memory ended. The error itself is gone on return:
+        it keeps the tensors of the failed call alive."""
+        try:
+            return self._run(frames), ""
+        except torch.OutOfMemoryError as error:
+            return None, str(error).splitlines()[0]
+
+    def _ended_again(self, reason: str) -> str:
+        return (
+            f"{self.device} is out of memory again ({reason}); take a smaller tile or scale, or offload=True"
+        )
 
     def _run(self, frames: Tensor) -> np.ndarray:
         """One call of the model: uint8 `F H W 3` -> uint8 `F' sH sW 3`."""
@@ -282,9 +295,11 @@ class StreamingUpscaler:
 
     @property
     def _context(self) -> int:
-        """LR frames from which the state of a running stream is made again: a first call's, and those of all
-        the chunks it remembers."""
-        return 4 * max(FIRST_LATENTS, STEP_LATENTS * self.settings.kv_chunks) + 1
+        """LR frames from which the state of a running stream is made again: a first call's, those of all the
+        chunks it remembers, and what its decoder looks back (the TC decoder: 6 latents; a VAE's many layers
+        further, though ever less)."""
+        latents = VAE_LATENTS if self.decoder_name == "vae" else FIRST_LATENTS
+        return 4 * max(latents, STEP_LATENTS * self.settings.kv_chunks) + 1
 
     def _start_again(self, reason: str) -> None:
         """After the device ran out of memory: smaller tiles, their state made again from the last frames.
@@ -292,7 +307,7 @@ class StreamingUpscaler:
         What was given stays. Of what comes, the keys and values remembered differ a little: in the old
         stream they had seen, through the layers, frames older than these."""
         if self._retried:
-            raise UserError(f"{self.device} is out of memory again ({reason}); take a smaller tile or scale")
+            raise UserError(self._ended_again(reason))
         self._retried = True
         old = self._tiles
         self._stream = None
@@ -310,5 +325,7 @@ class StreamingUpscaler:
         at = 0
         while at < self._past.shape[0]:
             count = STEP_FRAMES if at else min(4 * FIRST_LATENTS + 1, self._past.shape[0])
-            self._run(self._past[at : at + count])
+            frames, ended = self._attempt(self._past[at : at + count])
+            if frames is None:
+                raise UserError(self._ended_again(ended))
             at += count
