@@ -23,9 +23,10 @@ WHAT = {
     "projector": "LR Proj-In on eight frames, and its convolutions in every way",
     "decoder": "TC decoder and VAE decoder on two latents",
     "pipeline": "a whole stream: frames per second and time per part",
+    "tiling": "the same clip untiled and in tiles: how far apart, time, memory",
     "gpu": "all of it, and the pipeline's switches one at a time: one call for a lent GPU",
 }
-REPEATS = {"attention": 5, "decoder": 2, "gpu": 5}
+REPEATS = {"attention": 5, "decoder": 2, "gpu": 5, "tiling": 1}
 GPU_SIZES = ((768, 1408), (1152, 1920), (1536, 2560))  # the second is 1080p, padded
 
 
@@ -57,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     for name in ("dit", "pipeline"):
         made[name].add_argument("--attention", default="auto", help="backend (%(default)s)")
         made[name].add_argument("--profile", action="store_true", help="also: share of time by operation")
+    t = made["tiling"]
+    t.add_argument("--tiles", metavar="N,N", help="LR pixels (default: by scale; 192,160,128 of wan1.3b)")
+    t.add_argument("--overlap", type=int, metavar="N", help="LR pixels (default: by scale; 24 of wan1.3b)")
+    t.add_argument("--model", metavar="DIR", help="a model folder (default: random weights of --scale)")
+    t.add_argument("--clip", metavar="FILE", help="video of LR frames (default: a moving picture)")
+    t.add_argument("--size", metavar="HxW", help="of the moving picture's LR frames (default: by scale)")
+    t.add_argument("--frames", type=int, default=33, help="of the clip, at most (%(default)s)")
     g = made["gpu"]
     g.add_argument("--size", metavar="HxW", action="append", help="of the output, may be given several times "
                    "(default: 768x1408, 1152x1920, 1536x2560)")  # fmt: skip
@@ -68,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Prints tables; exit code 1 when something usable did not run."""
     given = parser().parse_args(argv)
-    for name in ("repeats", "tokens", "block", "heads", "head_dim", "minutes"):
+    for name in ("repeats", "tokens", "block", "heads", "head_dim", "minutes", "frames"):
         if getattr(given, name, 1) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)} must be above 0")
     if given.what == "gpu":
@@ -98,6 +106,8 @@ def _measure(given: argparse.Namespace) -> Report:
         return attention.bench(
             shape, device, dtype, asked=asked, backward=not given.forward_only, repeats=given.repeats
         )
+    if given.what == "tiling":
+        return _tiling(given)
     subject = _subject(given, _size(given.size) if given.size else None)
     if given.what == "pipeline":
         from flashvsr.bench.pipeline import bench_pipeline
@@ -113,6 +123,34 @@ def _measure(given: argparse.Namespace) -> Report:
         )
     bench = {"projector": modules.bench_projector, "decoder": modules.bench_decoder}[given.what]
     return bench(subject, repeats=given.repeats)
+
+
+def _tiling(given: argparse.Namespace) -> Report:
+    from itertools import islice
+
+    import numpy as np
+
+    import flashvsr
+    from flashvsr.base.video_io import read_frames
+    from flashvsr.bench.tiling import DEFAULTS, bench_tiling, moving_picture
+
+    subject = _subject(given, None)
+    size, tiles, overlap = DEFAULTS[subject.scale]
+    if given.model:
+        model = flashvsr.load(given.model, dtype=subject.dtype, device=subject.device)
+    else:
+        model = subject.model("dit", "lr_projector", "tc_decoder")
+    if given.clip:
+        frames = np.stack(list(islice(read_frames(given.clip), given.frames)))
+    else:
+        frames = moving_picture(given.frames, *(_size(given.size) if given.size else size))
+    try:
+        tiles = [int(tile) for tile in given.tiles.split(",")] if given.tiles else tiles
+    except ValueError:
+        raise UserError(f"--tiles {given.tiles} must be whole numbers of LR pixels, like 192,160") from None
+    overlap = overlap if given.overlap is None else given.overlap
+    facts = {"model": given.model or f"random {subject.scale}", "clip": given.clip or "moving picture"}
+    return bench_tiling(model, frames, tiles, overlap=overlap, repeats=given.repeats, facts=facts)
 
 
 def _campaign(given: argparse.Namespace) -> int:

@@ -161,6 +161,11 @@ class StreamingUpscaler:
             "device": str(self.device),
         }
 
+    @property
+    def tiles(self) -> Tiles | None:
+        """How the picture of the running clip is cut; None before its first frame."""
+        return self._tiles
+
     def _reset(self) -> None:
         self._stream: Stream | TiledStream | None = None
         self._tiles: Tiles | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,3 +201,28 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "vs dense" in out and "not usable here: flex" in out
     assert json.loads(path.read_text())["rows"][0]["name"] == "dense sdpa"
+
+
+def test_tiling_is_measured_against_untiled(tmp_path, capsys):
+    """A tile larger than the picture is the same picture; smaller ones compute more and differ."""
+    out = tmp_path / "tiling.json"
+    argv = ["tiling", "--scale", "tiny", "--device", "cpu", "--size", "16x32", "--tiles", "64,16"]
+    bench.main([*argv, "--overlap", "8", "--frames", "5", "--json", str(out)])
+    untiled, same, cut = json.loads(out.read_text())["tilings"]
+    assert (untiled["tiles"], same["tiles"], cut["tiles"]) == (1, 1, 3)
+    assert same["ssim"] == pytest.approx(1) and same["psnr"] is None and cut["psnr"] < 60
+    assert cut["redundancy"] == 3 * 64 * 64 / (64 * 128) and cut["seconds"] > 0 and untiled["peak_bytes"] > 0
+    assert "1.50x the pixels" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--tiles big must be whole numbers"):
+        bench.main([*argv[:-1], "big"])
+
+
+def test_similarity_of_frames_is_that_of_the_evaluation():
+    from eval.metrics.psnr import psnr
+    from eval.metrics.ssim import ssim
+    from flashvsr.bench import tiling
+
+    a = tiling.moving_picture(3, 24, 40)
+    b = (a.astype(int) + np.random.default_rng(0).integers(-20, 20, a.shape)).clip(0, 255).astype(np.uint8)
+    assert tiling.psnr(a, b) == pytest.approx(psnr(a, b), abs=1e-6)
+    assert tiling.ssim(a, b) == pytest.approx(ssim(a, b), abs=1e-5) and tiling.ssim(a, b) < 0.99

@@ -43,7 +43,7 @@ def estimated(model, tiles, decoder="tc", **given):
         ("tiny", (128, 128), "tc"),
         ("tiny", (256, 256), "tc"),
         pytest.param("tiny", (384, 512), "tc", marks=pytest.mark.slow),
-        ("tiny", (256, 256), "vae"),
+        pytest.param("tiny", (256, 256), "vae", marks=pytest.mark.slow),
         *(
             pytest.param("small", size, "tc", marks=pytest.mark.slow)
             for size in ((128, 128), (256, 256), (192, 320))

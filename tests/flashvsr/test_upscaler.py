@@ -317,6 +317,71 @@ def test_color_fix():
     assert torch.equal(correct(sr * 10, lr, "none"), (sr * 10).clamp(-1, 1))
 
 
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet", "none"])
+def test_a_frames_colours_do_not_depend_on_its_company(color_fix):
+    """Frames corrected together or in any pieces: the same bits. Nothing flickers where chunks meet."""
+    torch.manual_seed(0)
+    sr, lr = torch.randn(2, 1, 3, 12, 24, 40) * 0.4
+    together = correct(sr, lr, color_fix)
+    for sizes in ([1] * 12, [5, 4, 3], [11, 1]):
+        parts = zip(sr.split(sizes, 2), lr.split(sizes, 2), strict=True)
+        assert torch.equal(torch.cat([correct(a, b, color_fix) for a, b in parts], 2), together)
+
+
+@pytest.mark.parametrize(
+    "setting,value,shown",
+    [
+        ("color_fix", "wavelet", "wavelet"),
+        ("color_fix", "none", "none"),
+        ("sparse_ratio", 0.3, 0.3),
+        ("sparse_ratio", None, None),
+        ("local_range", 1, 1),
+        ("local_range", None, None),
+        ("local_boundary", "preserved", "preserved"),
+        ("kv_chunks", 2, 2),
+        ("seed", 1, 1),
+        ("decoder", "vae", "vae"),
+        ("tile", 16, "6 of 32x32, overlap 16, 2.00 times the work"),
+    ],
+)
+def test_every_control_has_an_effect_and_is_said(micro_model, setting, value, shown):
+    """Against the defaults, with a window small enough for its border to matter."""
+    frames = video(37, 24, 32)
+    base = {"scale": 2, "local_range": 3, "overlap": 8}
+    if setting == "local_range":
+        base["local_range"] = 5
+    plain = in_pieces(StreamingUpscaler(micro_model(), **base), frames, [37])
+    upscaler = StreamingUpscaler(micro_model(), **(base | {setting: value}))
+    assert (in_pieces(upscaler, frames, [37]) != plain).any()
+    upscaler.push(frames[:1])
+    assert upscaler.in_use["tiles" if setting == "tile" else setting] == shown
+
+
+@pytest.mark.parametrize("scale", [1, 1.5, 2, 2.25, 3, 4, 5.7])
+@pytest.mark.parametrize("height,width", [(1, 1), (7, 10)])
+@pytest.mark.parametrize("kind", ["one-step", "teacher"])
+def test_any_scale_from_one_and_any_size_from_one_pixel(micro_model, scale, height, width, kind):
+    """The output's sides are rounded, halves up; scales other than 4 are said once per upscaler."""
+    said = []
+    upscaler = method(micro_model(kind), scale=scale, note=said.append)
+    frames = video(2, height, width)
+    assert upscaler.push(frames[:0]).shape[0] == 0
+    out = in_pieces(upscaler, frames, [1, 1])
+    rounded = [int(np.floor(side * scale + 0.5)) for side in (height, width)]
+    assert out.shape == (2, *rounded, 3)
+    assert [sentence.split(":")[0] for sentence in said] == ([] if scale == 4 else [f"scale={scale:g}"])
+
+
+def test_colours_at_a_fractional_scale_are_the_inputs(micro_model):
+    """The picture is neither shifted nor cut: a gradient keeps its means on all four sides."""
+    ramp = np.linspace(20, 230, 20).astype(np.uint8)
+    frame = np.stack([np.tile(ramp, (12, 1)), np.tile(ramp[:12, None], (1, 20)), np.full((12, 20), 90)], -1)
+    canvas = Canvas((12, 20), (27, 45), (32, 64), "cpu")
+    out = canvas.take(canvas.place(torch.from_numpy(frame.astype(np.uint8))[None]))[0].astype(float)
+    for part, big in ((frame[:, :4], out[:, :9]), (frame[:, -4:], out[:, -9:]), (frame[:4], out[:9])):
+        assert np.abs(part.mean((0, 1)) - big.mean((0, 1))).max() < 1.5
+
+
 def test_method_goes_by_the_kind(micro_model):
     assert isinstance(method(micro_model(), seed=1), StreamingUpscaler)
     assert isinstance(method(micro_model("teacher"), steps=2), ClipUpscaler)
