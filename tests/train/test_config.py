@@ -139,12 +139,23 @@ def test_every_config_says_what_it_is_and_its_commands_compose(path):
     assert words.startswith("# ") and all(len(line) <= 140 for line in header(path))
     if path.parent.name in ("scale", "stage", "recipe") and path.stem != "scale":
         assert re.search("[Ee]xpected", words) and re.search("[Hh]ardware", words) and "hours" in words
-    for line in header(path):
-        if "python -m train " in line:
-            command = shlex.split(line.split("python -m train ")[1].split("    ")[0])
-            stages, overrides = rewrite([word for word in command if "=" in word])
-            for stage in stages:
-                compose(stage, overrides)
+    compose_all(line.split("python -m train ")[1] for line in header(path) if "python -m train " in line)
+
+
+def compose_all(commands):
+    for command in commands:
+        words = shlex.split(command.split("    ")[0])
+        stages, overrides = rewrite([w for w in words if "=" in w and not w.startswith(("gpu=", "gpus="))])
+        for stage in stages:
+            compose(stage, overrides)
+
+
+def test_the_commands_of_the_page_on_fine_tuning_compose():
+    page = (CONFIGS.parent / "docs/finetuning.md").read_text()
+    commands = re.findall(r"`(stage=[^`]+)`", page) + re.findall("python -m train (stage=.+)", page)
+    several = [c for c in commands if c != "stage=1..3"]
+    assert len(several) > 12
+    compose_all(f"{c} scale=wan1.3b" if "scale=" not in c else c for c in several)
 
 
 def test_the_table_of_decisions_names_keys_that_exist():

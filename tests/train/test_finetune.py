@@ -138,6 +138,18 @@ def test_a_wan_vae_is_tuned_with_its_statistics_kept(release):
     assert {"encoder.conv1.weight", "decoder.conv1.weight", "conv1.weight", "conv2.weight"} <= moved
 
 
+def test_a_student_from_v1_trains_in_the_form_that_it_is_exported_in(release):
+    """v1's projector has the same tensors and is another function."""
+    shutil.copytree(release, release.parent / "FlashVSR-v1")
+    assert flashvsr.load(release.parent / "FlashVSR-v1").lr_projector.config.mode == "buffer"
+    old = f"init={release.parent}/FlashVSR-v1"
+    for stage in ("sparse_causal", "one_step"):
+        made = make_stage(config(stage, release, old, "stage.loss.dmd=0" if stage == "one_step" else "seed=0",
+                                 init=False, run="v1"), WORLD)  # fmt: skip
+        mode = made.roles["student"].module.lr_projector.config.mode
+        assert mode == made.parts()["info"].projector_mode == "causal"
+
+
 def test_in_a_range_of_stages_only_the_first_starts_from_init(release, monkeypatch):
     started = []
     monkeypatch.setattr("train.launch.spawn", lambda command, n, **how: started.append(command) or 0)

@@ -45,7 +45,9 @@ class OneStep(Stage):
         self.sizes = replace(start.config, lr_projector=mode, vae=self.frozen_vae.config)
         self.fixed_prompt = self.prompt(start.prompt)
         self.in_use = attention_in_use(self)
-        self.roles["student"] = self.engine(start.denoiser())
+        student = start.denoiser()
+        student.lr_projector.config = mode  # v1's weights learn to be read causally, as they are exported
+        self.roles["student"] = self.engine(student)
         self.teacher = None
         if self.config.stage.loss.dmd:
             self.teacher = self.frozen(self.of_stage_1("; without a teacher set stage.loss.dmd=0").denoiser())
