@@ -19,7 +19,7 @@ from flashvsr.weights.folder import FlashVSR
 
 # LR size, tiles and overlap in LR pixels: the first as published for the release
 DEFAULTS = {"wan1.3b": ((192, 352), (192, 160, 128), 24), "small": ((64, 96), (48, 32), 8),
-            "tiny": ((48, 80), (32, 24), 8)}  # fmt: skip
+            "tiny": ((48, 80), (32, 16), 8)}  # fmt: skip
 
 
 def moving_picture(frames: int, height: int, width: int) -> np.ndarray:

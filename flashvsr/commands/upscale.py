@@ -92,7 +92,12 @@ def _model_options(p: Any) -> None:
         "pixels, or auto: as the memory allows",
     )  # fmt: skip
     p.add_argument("--overlap", type=int, help="LR pixels that tiles share at least (default: 24)")
-    p.add_argument("--memory", type=_auto_or(float), help="GiB of the device to take at most, or auto")
+    p.add_argument(
+        "--memory",
+        type=_auto_or(float),
+        help="GiB of the device to take at most, or auto: "
+        "0.9 of what is free (default: auto on cuda, else not looked at)",
+    )
     p.add_argument(
         "--offload", action="store_const", const=True, help="keep on the device only the part at work"
     )
@@ -296,15 +301,19 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from None
+    note = (lambda sentence: None) if given.quiet or given.out == "-" else say
     model = flashvsr.load(
         given.model,
         dtype=getattr(torch, dtype),
         device=device,
         lr_projector=given.lr_projector,
-        note=(lambda sentence: None) if given.quiet or given.out == "-" else say,
+        note=note,
     )
+    settings = settings | {"note": note}
     if model.info.kind in ("teacher", "sparse"):
-        settings = settings | {"on_step": _sampling_bar(stack, given.quiet)}
+        settings |= {"on_step": _sampling_bar(stack, given.quiet)}
+    elif device.type == "cuda":  # what does not fit is refused before the first frame
+        settings = {"memory": "auto"} | settings
     return flashvsr.method(model, **settings)
 
 
