@@ -88,6 +88,8 @@ class Companions:
             self._copies[stream.index] = copy
         others = {s.type for s in self._input.streams if s.type in ("data", "attachment") and not _text(s)}
         self.dropped += [f"{kind} track" for kind in sorted(others)]
+        if len(self._input.streams.video) > 1:
+            self.dropped.append("video track or cover picture beside the first video track")
         output.metadata.update(_kept(self._input.metadata))
         chapters = [c for c in map(self._cut, self._input.chapters()) if c is not None]
         if chapters:

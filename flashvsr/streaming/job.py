@@ -198,7 +198,7 @@ def _keep(sink: Any, target: Target) -> str:
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     frames = sink.frames
     sink.leave(partial)
-    return f"the first {frames} frames are in {partial}, without sound; the same command starts again"
+    return f"the first {frames} frames are in {partial}; the same command starts again"
 
 
 class _Image:

@@ -12,7 +12,7 @@ from PIL import Image
 from flashvsr import load, method
 from flashvsr.__main__ import main
 from flashvsr.base.cli import UserError
-from flashvsr.base.video_io import probe, read_frames
+from flashvsr.base.video_io import VideoWriter, probe, read_frames
 from flashvsr.weights.folder import save_model
 from tests.data.footage import scene
 from tests.flashvsr.test_job import make, packets, times
@@ -48,6 +48,18 @@ def clips(tmp_path):
     for number in (1, 2):
         make(tmp_path / "in" / f"{number}.mp4", scene(number, 30 - number, H, W), sound="aac")
     return tmp_path / "in"
+
+
+@pytest.mark.parametrize("n", [1, 21, 22, 33])
+@pytest.mark.parametrize("size", [(1, 1), (9, 23)])
+def test_n_frames_in_n_out_through_the_model(model, tmp_path, n, size):
+    """Frames as the method gives them to whoever pushes them all at once."""
+    clip = scene(n, n, *size)
+    with VideoWriter(tmp_path / "in", 25, *size) as writer:
+        writer.write(clip)
+    assert upscale(model, tmp_path / "in", tmp_path / "out", "--quiet") is None
+    got = read(tmp_path / "out")
+    assert got.shape == (n, 2 * size[0], 2 * size[1], 3) and np.array_equal(got, expected(model, clip))
 
 
 @pytest.mark.parametrize("form", ["several", "folder", "pattern"])
@@ -171,3 +183,39 @@ def test_resume_is_the_same_file(model, clips, tmp_path):
     upscale(model, clips / "1.mp4", tmp_path / "resumed", "--quiet", "--resume")
     assert np.array_equal(read(tmp_path / "out"), read(tmp_path / "resumed"))
     assert not (tmp_path / "resumed.resume").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_exit_code_130_and_a_playable_file(model, tmp_path):
+    import signal
+    import time
+
+    make(tmp_path / "in.mp4", scene(1, 900, 32, 48), sound="aac")
+    command = [
+        sys.executable,
+        "-m",
+        "flashvsr",
+        "upscale",
+        "in.mp4",
+        "out.mp4",
+        "--model",
+        "model",
+        "--scale",
+        "2",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=_with_root())
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "frames are in out.partial.mp4" in said and "Traceback" not in said
+    assert 8 < len(read(tmp_path / "out.partial.mp4")) < 900
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "model", "out.partial.mp4"]
+
+
+def _with_root():
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT)}
