@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.metrics import Lpips
-from flashvsr.attention.plans import PackedDense
+from flashvsr.attention.plans import PackedDense, SparseCausal
 from flashvsr.config import DiTConfig, ModelConfig
 from flashvsr.flow import add_noise, denoised
 from flashvsr.models.dit import DiT
@@ -62,6 +62,34 @@ def test_stage_2_without_selection_is_dense_causal_and_with_the_releases_k_it_is
     assert kept == [2 * sum(min(int(4 * 4 * 2.0) - 1, n - 1) for n in legal)] * 2  # of both heads
     full = velocity(DenseCausal((12, 4, 4), DIT.head_dim, 99))
     assert (window == 6) == torch.equal(full, dense)
+
+
+def test_no_gradient_passes_through_the_choice_of_blocks():
+    """The gradient of a sparse forward is that of attention under the chosen pairs as a constant mask."""
+    torch.manual_seed(0)
+    grid, tokens = (8, 4, 4), 8
+    q, k, v, g = (torch.randn(1, 128, 2, 12, dtype=torch.float64) for _ in range(4))
+    plan = SparseCausal(grid, block=(2, 2, 2), head_dim=12, ratio=1.0, window=4)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = plan.attend(0, *inputs)
+    gradients = torch.autograd.grad(out, inputs, g)
+    chosen = plan.selections[0]
+    assert not chosen.columns.requires_grad and not chosen.counts.requires_grad
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    columns = iter(chosen.columns.tolist())
+    for head in range(2):
+        for row in range(16):
+            for _ in range(int(chosen.counts[0, head, row])):
+                mask[head, row, next(columns)] = True
+    assert 0 < mask.float().mean() < 0.5
+    mask = mask.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 12**0.5
+    weights = scores.exp() * mask
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    assert torch.allclose(out, expected, rtol=1e-9, atol=1e-9)
+    for given, wanted in zip(gradients, torch.autograd.grad(expected, inputs, g), strict=True):
+        assert torch.allclose(given, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 0.9])
