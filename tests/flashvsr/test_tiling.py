@@ -210,7 +210,7 @@ def test_tiles_keep_what_a_stream_keeps_and_no_more(micro_model):
     frames = torch.from_numpy(picture(33, 32, 48)).permute(3, 0, 1, 2)[None]
     tiles.step(frames[:, :, :25])
     seen = []
-    for _ in range(30):
+    for _ in range(10):
         tiles.step(frames[:, :, 25:])
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(tiles)}
         seen.append(sum(storages.values()))
@@ -232,3 +232,30 @@ def test_noise_of_a_tile_is_a_piece_of_the_pictures(micro_model):
         cut = full[:, top // 8 : top // 8 + 4, left // 8 : left // 8 + 6]
         assert torch.equal(s.noise(3, (16, 4, 6)), cut)
     assert drawn == [3]
+
+
+def test_offloaded_parts_come_once_per_step_whatever_the_tiles(micro_model, monkeypatch):
+    """Projector, DiT, decoder: each to the device and back, for all tiles together."""
+    model = micro_model()
+    moves = []
+    for name in ("lr_projector", "dit", "tc_decoder"):
+        part = getattr(model, name)
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+
+    def make(noise):
+        return Stream(model.denoiser(), model.tc_decoder, StreamSettings(area=512), noise)
+
+    device = torch.device("cpu", 0)
+    tiles = TiledStream(Tiles((32, 48), (32, 32), 16), make, seeded_noise(0), device, offload=True)
+    frames = torch.from_numpy(picture(33, 32, 48)).permute(3, 0, 1, 2)[None]
+    for part in frames.split([25, 8], 2):
+        tiles.step(part)
+    turn = [(name, where) for name in ("lr_projector", "dit", "tc_decoder") for where in ("cpu:0", "cpu")]
+    assert moves == 2 * turn
+
+
+def test_offloading_waits_on_the_host_between_frames(micro_model):
+    upscaler = StreamingUpscaler(micro_model(), offload=True, tile=8, overlap=4)
+    frames = picture(34, 12, 16)
+    expected = through(StreamingUpscaler(micro_model(), tile=8, overlap=4), frames)
+    assert (through(upscaler, frames) == expected).all() and upscaler.in_use["offload"]
