@@ -77,7 +77,9 @@ class Validation:
             for count in (self.count, self.shown)
             for i, _ in shares(count, stage.world)
         }  # fmt: skip
-        self.suite = metrics_for(METRICS if self.shown else (), device=stage.device, lpips=stage.lpips)
+        self.suite = metrics_for(
+            METRICS if self.shown else (), device=stage.device, lpips=stage.lpips if self.shown else None
+        )
         self.names = [metric.key for metric in self.suite.metrics]
         self.bicubic = self._bicubic()
 

@@ -122,20 +122,22 @@ class Decoder(Stage):
         (sr,) = losses.at
         hr = inputs.hr[0][:, :, window_frames(first, count)]
         losses.add("mse", mse(sr, hr), s.mse)
-        losses.add("lpips", self.lpips_loss(sr, hr), s.lpips)
+        if s.lpips:
+            losses.add("lpips", self.lpips_loss(sr, hr), s.lpips)
         if s.difference:
             losses.add("difference", difference(sr, hr), s.difference)
         if s.vae_mse or s.vae_lpips:
             with torch.no_grad():
                 vae = self.vae_frames(inputs.latents[0], first, count)
             losses.add("vae_mse", mse(sr, vae), s.vae_mse)
-            losses.add("vae_lpips", self.lpips_loss(sr, vae), s.vae_lpips)
+            if s.vae_lpips:
+                losses.add("vae_lpips", self.lpips_loss(sr, vae), s.vae_lpips)
         return losses
 
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + weighted LPIPS to HR over the whole clip."""
         sr, s = self._whole(inputs), self.config.stage
-        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * self.lpips_loss(sr, inputs.hr[0])
+        return self.pixel_error(sr, inputs.hr[0], s.mse, s.lpips)
 
     def _whole(self, inputs: Inputs) -> Tensor:
         return self.decoded(self.roles["decoder"].whole(), inputs, 0, inputs.latents[0].shape[2])

@@ -119,7 +119,8 @@ class OneStep(Stage):
         sr, hr = self.vae_frames(z, first, count), inputs.hr[0][:, :, window_frames(first, count)]
         frames = frame_weights(first, sr.shape[2], weights.first_frame, self.device)
         losses.add("mse", mse(sr, hr, frames), weights.mse)
-        losses.add("lpips", self.lpips_loss(sr, hr, frames), weights.lpips)
+        if weights.lpips:
+            losses.add("lpips", self.lpips_loss(sr, hr, frames), weights.lpips)
 
     @torch.no_grad()
     def direction(self, z: Tensor, inputs: Inputs, draw: Draw) -> Tensor:
@@ -140,7 +141,7 @@ class OneStep(Stage):
         z = self.student(self.roles["student"].whole(), inputs, draw, INFERENCE_WINDOW)
         sr = self.vae_frames(z, 0, z.shape[2])
         weights = self.config.stage.loss
-        return weights.mse * mse(sr, inputs.hr[0]) + weights.lpips * self.lpips_loss(sr, inputs.hr[0])
+        return self.pixel_error(sr, inputs.hr[0], weights.mse, weights.lpips)
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         return run_method(StreamingUpscaler(self.live(), decoder="vae"), sample)

@@ -25,7 +25,7 @@ from flashvsr.weights.folder import FlashVSR, ModelInfo, newest
 from train.config import STAGES, TrainConfig
 from train.ema import Ema
 from train.launch import World
-from train.losses.pixel import decode_window, lpips_frames
+from train.losses.pixel import decode_window, lpips_frames, mse
 from train.optim import build_optimizer
 from train.parallel import make_engine
 from train.parallel.apply import compile_blocks, ready_to_train
@@ -243,6 +243,11 @@ class Stage:
     def lpips_loss(self, sr: Tensor, hr: Tensor, weights: Tensor | None = None) -> Tensor:
         """Per sample, `B`; one frame at a time where memory counts; `weights` of the frames."""
         return lpips_frames(self.lpips, sr, hr, weights, frame_by_frame=self.config.recomputes)
+
+    def pixel_error(self, sr: Tensor, hr: Tensor, of_mse: float, of_lpips: float) -> Tensor:
+        """Held-out error of frames, weighted as in training, `B`."""
+        error = of_mse * mse(sr, hr)
+        return error + of_lpips * self.lpips_loss(sr, hr) if of_lpips else error
 
     def vae_frames(self, z: Tensor, first: int, count: int) -> Tensor:
         """VAE frames of `count` latents of `z` from `first`; earlier ones only fill the decoder's memory."""

@@ -77,7 +77,8 @@ class Vae(Stage):
         losses, s = Losses.of(outputs), self.config.stage
         decoded, mean, logvar = losses.at
         losses.add("mse", mse(decoded, video), s.mse)
-        losses.add("lpips", self.lpips_loss(decoded, video), s.lpips)
+        if s.lpips:
+            losses.add("lpips", self.lpips_loss(decoded, video), s.lpips)
         losses.add("kl", 0.5 * per_sample(mean.square() + logvar.exp() - 1 - logvar), s.kl)
         return losses
 
@@ -90,7 +91,7 @@ class Vae(Stage):
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """MSE + weighted LPIPS of the reconstruction from the posterior mean, whole frames."""
         sr, s = self.reconstructed(inputs.hr[0]), self.config.stage
-        return s.mse * mse(sr, inputs.hr[0]) + s.lpips * self.lpips_loss(sr, inputs.hr[0])
+        return self.pixel_error(sr, inputs.hr[0], s.mse, s.lpips)
 
     def upscaled(self, sample: Mapping[str, Any]) -> Tensor:
         hr = sample["segments"][0]["hr"]
