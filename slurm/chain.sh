@@ -3,13 +3,14 @@
 #   slurm/chain.sh [--dry-run] [STAGE ...] [--SBATCH-OPTION=VALUE ...] [key=value ...]
 #   slurm/chain.sh --nodes=4 --time=24:00:00 run=first scale=wan1.3b data.shards=/data/shards
 # STAGE: vae, stage1, stage2, stage3, decoder (default: stage1 stage2 stage3). Options go to sbatch, over those in
-# slurm/STAGE.sbatch; key=value goes to python -m train. --dry-run prints the commands and submits nothing.
+# slurm/STAGE.sbatch; key=value goes to python -m train, init= to the first stage alone: later ones go on from it.
+# --dry-run prints the commands and submits nothing.
 # A second chain of the same run waits for the first one's jobs (singleton). Logs: runs/NAME/logs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 dry=no run=default runs=runs
-stages=() options=() overrides=()
+stages=() options=() overrides=() init=()
 for arg in "$@"; do
     case $arg in
         --dry-run) dry=yes ;;
@@ -18,6 +19,7 @@ for arg in "$@"; do
             echo "error: $arg: name stages without stage=: vae, stage1, stage2, stage3, decoder" >&2
             exit 2
             ;;
+        init=*) init=("$arg") ;;
         *=*)
             overrides+=("$arg")
             case $arg in
@@ -47,7 +49,7 @@ else
 fi
 
 # A mistake in the settings ends here, not after hours in the queue.
-"$python" - "${stages[@]}" -- ${overrides[@]+"${overrides[@]}"} <<'PY'
+"$python" - "${stages[@]}" -- ${init[@]+"${init[@]}"} ${overrides[@]+"${overrides[@]}"} <<'PY'
 from flashvsr.base import cli
 from train.config import compose, rewrite
 
@@ -71,8 +73,9 @@ for stage in "${stages[@]}"; do
     command=(
         sbatch --parsable "--job-name=flashvsr-$run-$stage" "--output=$runs/$run/logs/$stage-%j.log"
         "--dependency=singleton${previous:+,afterok:$previous}" --kill-on-invalid-dep=yes
-        ${options[@]+"${options[@]}"} "slurm/$stage.sbatch" ${overrides[@]+"${overrides[@]}"}
+        ${options[@]+"${options[@]}"} "slurm/$stage.sbatch" ${init[@]+"${init[@]}"} ${overrides[@]+"${overrides[@]}"}
     )
+    init=()
     if [ $dry = yes ]; then
         previous="JOB_OF_$stage"
         printf '%q ' "${command[@]}"

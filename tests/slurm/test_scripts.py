@@ -26,6 +26,11 @@ def test_the_chain_submits_a_job_per_stage_each_after_the_one_before():
     assert not (ROOT / "runs/first").exists()
 
 
+def test_only_the_first_stage_of_a_chain_starts_from_init():
+    done = chain("init=models/wan", "scale=tiny")
+    assert [("init=models/wan" in line) for line in done.stdout.splitlines()] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
