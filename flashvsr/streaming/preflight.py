@@ -41,7 +41,7 @@ from flashvsr.weights.folder import FlashVSR
 
 GIB = 2**30
 SHARE = 0.9  # of what is free: the rest is for what is not counted
-FRAGMENTS = 1.1  # what an allocator holds beside what is asked of it; peaks measured on a CPU fit with it
+FRAGMENTS = 1.15  # what an allocator holds beside what is asked of it; peaks measured on a CPU fit with it
 FIRST_FRAMES, STEP_FRAMES = 4 * FIRST_LATENTS + 1, 4 * STEP_LATENTS
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("dit", "lr_projector", "tc_decoder", "vae")

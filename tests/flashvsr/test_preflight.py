@@ -41,7 +41,7 @@ def estimated(model, tiles, decoder="tc", **given):
     "scale,size,decoder",
     [
         ("tiny", (128, 128), "tc"),
-        ("tiny", (256, 256), "tc"),
+        pytest.param("tiny", (256, 256), "tc", marks=pytest.mark.slow),
         pytest.param("tiny", (384, 512), "tc", marks=pytest.mark.slow),
         pytest.param("tiny", (256, 256), "vae", marks=pytest.mark.slow),
         *(
