@@ -2,7 +2,7 @@
 
 The stream itself is run once without data (torch's fake tensors): every tensor has a size and no content, and
 the bytes alive at once are counted. So the numbers follow the code and no formula can fall behind it. What
-kernels take for themselves is added: attention's scratch, and what convolutions lay out anew.
+kernels take for themselves is added: attention's scratch and, on a CPU, what convolutions lay out anew.
 
 Sizes are in bytes; heights and widths are the padded output's. Checked against measured peaks on a CPU in
 tests/flashvsr/test_preflight.py; what a GPU's libraries add is not measured.
@@ -50,9 +50,10 @@ PARTS = ("dit", "lr_projector", "tc_decoder", "vae")
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the fake tensors that are alive, and the most there were at once."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], relayout: bool) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.relayout = relayout
         # views of weights take nothing
         weights = [t for m in modules for group in (m.parameters(), m.buffers()) for t in group]
         self._storages: dict[int, Any] = {t.untyped_storage()._cdata: t for t in weights}
@@ -60,7 +61,7 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         extra = 0
-        if func is torch.ops.aten.convolution.default:
+        if self.relayout and func is torch.ops.aten.convolution.default:
             # the input and the result in the layout of the kernel: blocks of 16 channels
             extra = sum(t.nbytes * -(-t.shape[1] // 16) * 16 // t.shape[1] for t in (args[0], out))
         for tensor in tree_leaves(out):
@@ -146,7 +147,12 @@ class Part:
 
 @lru_cache(64)
 def one_tile(
-    config: ModelConfig, dtype: torch.dtype, size: tuple[int, int], settings: StreamSettings, decoder: str
+    config: ModelConfig,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    settings: StreamSettings,
+    decoder: str,
+    device: str,
 ) -> Part:
     """Runs the first call and one more of a tile of `size` without data, with two layers for all of them:
     what every layer adds is its keys and values."""
@@ -157,7 +163,7 @@ def one_tile(
         last = _cast(TCDecoder(config.tc_decoder) if decoder == "tc" else WanVAE(config.vae), dtype)
         dit.set_prompt(torch.empty(1, config.dit.text_len, config.dit.text_dim))
         stream = _Dry(Denoiser(dit, projector), last, settings, lambda i, shape: torch.empty(shape))
-        with _Fused(), _Alive((dit, projector, last)) as alive:
+        with _Fused(), _Alive((dit, projector, last), device == "cpu") as alive:
             for frames in (FIRST_FRAMES, STEP_FRAMES):
                 lr = torch.empty(1, 3, frames, *size)
                 stream.step(lr)
@@ -167,11 +173,13 @@ def one_tile(
     return Part(alive.now + others, int(FRAGMENTS * (alive.peak - alive.now)))
 
 
-def _part(model: FlashVSR, size: tuple[int, int], settings: StreamSettings, decoder: str) -> Part:
-    dtype = model.dit.patch_embedding.weight.dtype
+def _part(
+    model: FlashVSR, size: tuple[int, int], settings: StreamSettings, decoder: str, device: str
+) -> Part:
+    weight = model.dit.patch_embedding.weight
     # what changes no size: one run serves all
     settings = replace(settings, attention="auto", local_range=None, boundary="truncated")
-    return one_tile(model.config, dtype, size, settings, decoder)
+    return one_tile(model.config, weight.dtype, size, settings, decoder, device)
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,7 @@ def estimate(
     settings: StreamSettings,
     decoder: str,
     *,
+    device: str = "cpu",
     offload: bool = False,
     part: Part | None = None,
 ) -> Estimate:
@@ -215,7 +224,7 @@ def estimate(
     host: the results that wait there to be written, and what is offloaded; not the process itself. part: of
     one tile, where it is known.
     """
-    part = part or _part(model, tiles.size, settings, decoder)
+    part = part or _part(model, tiles.size, settings, decoder, device)
     count = len(tiles.places)
     held = {name: _nbytes(getattr(model, name)) for name in PARTS}
     weights, state, host = sum(held.values()), count * part.state, 0
@@ -274,7 +283,7 @@ class Preflight:
     def estimate(self, tiles: Tiles, **changed: Any) -> Estimate:
         """`estimate` of this; `changed`: settings, decoder or offload instead of its own."""
         what = {"settings": self.settings, "decoder": self.decoder, "offload": self.offload} | changed
-        return estimate(self.model, tiles, **what)
+        return estimate(self.model, tiles, device=self.device.type, **what)
 
     def fits(self, tiles: Tiles, **changed: Any) -> bool:
         return self.limit is None or self.estimate(tiles, **changed).device <= self.limit
@@ -305,7 +314,7 @@ class Preflight:
 
         @lru_cache(2)
         def at(size: tuple[int, int]) -> Part:
-            return _part(self.model, size, self.settings, self.decoder)
+            return _part(self.model, size, self.settings, self.decoder, self.device.type)
 
         def guess(area: int) -> Part:
             small, large = at(multiple), at(canvas)

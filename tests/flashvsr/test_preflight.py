@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def simple_parts(monkeypatch):
     """A tile's memory by a rule of thumb instead of a run without data: what is decided from it is tested."""
 
-    def part(config, dtype, size, settings, decoder):
+    def part(config, dtype, size, settings, decoder, device):
         pixels = size[0] * size[1]
         return preflight.Part(200 * settings.kv_chunks * pixels, 3000 * (1 + (decoder == "vae")) * pixels)
 
