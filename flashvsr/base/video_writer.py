@@ -21,6 +21,8 @@ from flashvsr.base.footage import BT709, Color
 from flashvsr.base.stills import FRAME_NAME, is_video
 
 Clock = deque[tuple[int, int]]
+_LIKE_MP4 = (".mp4", ".m4v", ".mov")
+_MP4 = {"movflags": "+faststart"}
 _SWSCALE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # H.273's matrix numbers to swscale's
 
 
@@ -108,8 +110,7 @@ class VideoWriter:
     def _open(self, stack: ExitStack) -> None:
         import av
 
-        mp4 = self.path.suffix.lower() in (".mp4", ".m4v", ".mov")
-        options = {"movflags": "+faststart"} if mp4 else {}
+        options = _MP4 if self.path.suffix.lower() in _LIKE_MP4 else {}
         with self._explained():
             self._container = stack.enter_context(av.open(str(self._part), "w", container_options=options))
             self._stream = self._container.add_stream(self._codec_name(), rate=self.fps)
@@ -136,6 +137,8 @@ class VideoWriter:
             stream.options |= {"x264-params": "mbtree=0"}
         if stream.codec_context.name == "libx265":
             stream.options |= {"x265-params": "log-level=error"}
+            if self.path.suffix.lower() in _LIKE_MP4:
+                stream.codec_context.codec_tag = "hvc1"  # what Apple's players want to see
         context, color = stream.codec_context, self.color
         context.colorspace, context.color_range = color.matrix, color.range
         context.color_primaries, context.color_trc = color.primaries, color.transfer
@@ -243,7 +246,7 @@ def join(
         number_of[segment] = order = _numbers(segment)
         lead = max([lead, *(n - number for n, number in enumerate(order))])
     times, count = _Times(clock, time_base), 0
-    options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {}
+    options = _MP4 if path.suffix.lower() in _LIKE_MP4 else {}
     try:
         with (
             atomic(path) as part,
@@ -254,6 +257,8 @@ def join(
             first = next(inputs)
             stream = out.add_stream_from_template(first.streams.video[0])
             stream.time_base = time_base
+            if options and stream.codec_context.codec.canonical_name == "hevc":
+                stream.codec_context.codec_tag = "hvc1"
             if companions is not None:
                 companions.attach(out)
             for segment, file in zip(segments, itertools.chain([first], inputs), strict=True):
