@@ -23,7 +23,6 @@ Row = dict  # name, frames_per_second; where there is one: plain_frames_per_seco
 
 def run(clip: str | None, size: str, frames: int, draws: int, name: str, json: str | None) -> str:
     """Measures, writes `json` if asked, returns the table."""
-    import av
 
     height, _, width = size.partition("x")
     if not (height.isdigit() and width.isdigit()) or int(height) % 4 or int(width) % 4:
@@ -31,7 +30,6 @@ def run(clip: str | None, size: str, frames: int, draws: int, name: str, json: s
     if frames < 1 or draws < 1:
         raise UserError(f"--frames {frames} and --draws {draws} must be at least 1")
     preset(name)
-    av.logging.set_level(av.logging.PANIC)
     pictures = footage(clip, frames, int(height), int(width))
     with pipeline.one_thread():
         rows = [decode_row(pictures), *degrade_rows(pictures, draws, name)]
