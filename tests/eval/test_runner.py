@@ -230,8 +230,8 @@ def test_a_set_without_gt_has_no_full_reference_values(test_set, test_folder, go
 def test_frames_too_small_for_a_metric_say_so(tmp_path, go):
     write_frames(tmp_path / "small" / "a", np.zeros((2, 8, 8, 3), np.uint8))
     (score,) = go(["bicubic"], open_test_set(tmp_path / "small"), metrics=("niqe",)).scores
-    assert score.values == {"niqe": None} and score.per_frame == {"niqe": []}
-    assert "needs frames of at least" in score.reasons["niqe"]
+    assert score.values == {"niqe": None} and score.per_frame == {"niqe": [None, None]}
+    assert "two blocks of 96x96" in score.reasons["niqe"]
 
 
 def test_only_the_first_frames_when_asked(test_folder, hr_clips, enlarged, outputs, go):

@@ -1,6 +1,9 @@
 """What a stream takes against what was estimated; what is refused, proposed, chosen; running out anyway."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from flashvsr.streaming.stream import Stream
 from flashvsr.streaming.tiling import Tiles, whole
 from tests.flashvsr.test_tiling import picture, through
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -52,16 +56,21 @@ def estimated(model, tiles, decoder="tc", **given):
     ],
 )  # fmt: skip
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(scale, size, decoder):
-    """Of a stream's first two calls, beyond the weights: resident memory of this process."""
+    """In a process of its own: what others left free to use again would hide a part of the peak."""
+    code = f"from tests.flashvsr.test_preflight import share; print(share({scale!r}, {size}, {decoder!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.8 < float(done.stdout.split()[-1]) < 1.2, done.stdout
+
+
+def share(scale: str, size: tuple[int, int], decoder: str) -> float:
+    """The estimate of a stream's first two calls, beyond the weights, over the peak of resident memory."""
     model = Subject(scale, size, CPU, torch.float32).model("dit", "lr_projector", "tc_decoder", "vae")
     expected = estimated(model, whole(size), decoder)
     upscaler = StreamingUpscaler(model, decoder=decoder)
     frames = np.zeros((33, size[0] // 4, size[1] // 4, 3), np.uint8)
     through(upscaler, frames[:1])  # what libraries load at their first use
     peak = measure.peak_bytes(lambda: upscaler.push(frames), CPU)
-    ratio = (expected.state + expected.working) / peak
-    print(f"\n{scale} {size} {decoder}: {ratio:.2f} of {peak / 2**20:.0f} MiB")
-    assert 0.8 < ratio < 1.2
+    return (expected.state + expected.working) / peak
 
 
 def test_weights_are_all_that_is_loaded_and_state_is_the_streams(micro_model):
@@ -89,7 +98,8 @@ def test_keys_and_values_of_all_layers_are_counted(micro_model):
     model.config = replace(model.config, dit=dit)
     seven = estimated(model, whole((32, 64)))
     pooled = 24 * 4 * 4 * (32 // 16) * (64 // 16)
-    assert seven.state - two.state == 5 * (ring + pooled) and seven.working == two.working
+    assert seven.state - two.state == 5 * (ring + pooled)
+    assert seven.working == pytest.approx(two.working, rel=1e-3)  # garbage goes when it goes
 
 
 def test_what_makes_an_estimate_grow(micro_model, simple_parts):
