@@ -72,6 +72,7 @@ class Cluster:
         state = self.job(job)
         self.say(f"job {job}: {state['JobState']} ({state['Reason']}), restarts {state['Restarts']}")
         if state["JobState"] == "PENDING":
+            time.sleep(5)  # the end of the old attempt must not be taken for that of the new one
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         self.until(lambda: self.job(job)["JobState"] != "PENDING")
 
