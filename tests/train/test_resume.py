@@ -56,6 +56,7 @@ def test_killed_once_per_stage_equals_never_killed(tmp_path):
     assert all(row["kills"] == 1 and row["equal"] for row in rows)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_in_stage_3_equal_two_never_killed(tmp_path):
     (row,) = campaign(tmp_path, *LEAN, "--stages", "3", "--kills", "1", "--steps", "4", "--processes", "2")
     assert row["kills"] == 1 and row["processes"] == "2" and row["equal"]
