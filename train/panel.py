@@ -2,8 +2,8 @@
 
     HR | student | teacher's estimate | fake score's estimate | where DMD pushes
 
-The losses of DMD do not tell whether it works; these pictures and the numbers beside them do
-(docs/reading-a-dmd-run.md). Both estimates are of the student's own output at one noise level.
+The losses of DMD do not tell whether it works; these pictures and the numbers beside them do. Both estimates
+are of the student's own output at one noise level.
 """
 
 from __future__ import annotations
