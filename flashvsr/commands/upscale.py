@@ -158,12 +158,17 @@ SETTINGS = (
 )  # fmt: skip
 
 
+def parse(argv: list[str], p: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The command's arguments. In sparse_ratio and local_range None means all, `...` means not given."""
+    return (p or parser()).parse_args(argv, argparse.Namespace(sparse_ratio=..., local_range=...))
+
+
 def main(argv: list[str]) -> int | None:
-    """Parses, upscales, writes. Only settings that were given reach the method: others are its own.
+    """Parses, upscales, writes.
 
     Returns 1 when an input could be read only partly, or one of several not at all.
     """
-    given = parser().parse_args(argv, argparse.Namespace(sparse_ratio=..., local_range=...))
+    given = parse(argv)
     jobs = paths.plan(given.source, given.out, given.force)
     for job in jobs:
         if job.reason:
@@ -172,13 +177,12 @@ def main(argv: list[str]) -> int | None:
     if not jobs:
         return None
     _check(given, jobs)
-    settings = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) not in (None, ...)}
-    for name in ("sparse_ratio", "local_range"):  # there, None means: all
-        if getattr(given, name) is None:
-            settings[name] = None
-    first = _open(given, jobs[0].source) if len(jobs) == 1 else None  # before the model: a file is soon read
+    first = open_footage(given, jobs[0].source) if len(jobs) == 1 else None  # before the model: soon read
     with ExitStack() as stack:
-        method = _open_method(given, settings, stack)
+        from flashvsr.weights.folder import say  # brings torch
+
+        note = (lambda sentence: None) if given.quiet or given.out == "-" else say
+        method = open_method(given, note, _sampling_bar(stack, given.quiet))
         _say(given, f"{given.model}: " + ", ".join(f"{k} {v}" for k, v in method.in_use.items()))
         if first is not None:
             return PARTLY if _one(given, method, first, jobs[0].out).missing else None
@@ -191,7 +195,7 @@ def _several(given: argparse.Namespace, method: Any, jobs: list[paths.Job]) -> i
     for number, job in enumerate(jobs, 1):
         _say(given, f"{number} of {len(jobs)}")
         try:
-            failed += bool(_one(given, method, _open(given, job.source), job.out).missing)
+            failed += bool(_one(given, method, open_footage(given, job.source), job.out).missing)
         except UserError as error:
             method.flush()  # what an input that failed has left in it
             print(f"error: {error}", file=sys.stderr)
@@ -213,10 +217,11 @@ def _check(given: argparse.Namespace, jobs: list[paths.Job]) -> None:
     if given.benchmark and len(jobs) > 1:
         raise UserError(f"--benchmark is of one input, not of {len(jobs)}")
     for job in jobs:
-        _target(given, job.out)
+        target_of(given, job.out)
 
 
-def _target(given: argparse.Namespace, out: str) -> Target:
+def target_of(given: argparse.Namespace, out: str) -> Target:
+    """Where and how `given` writes."""
     return Target(
         sys.stdout.buffer if out == "-" else out,
         codec=given.codec,
@@ -227,14 +232,15 @@ def _target(given: argparse.Namespace, out: str) -> Target:
     )
 
 
-def _open(given: argparse.Namespace, source: str) -> Footage:
+def open_footage(given: argparse.Namespace, source: str) -> Footage:
+    """What `given` cuts from an input."""
     return Footage(
         paths.Stdin() if source == "-" else source, given.start, given.end, fps=given.fps, raw=given.size
     )
 
 
 def _one(given: argparse.Namespace, method: Any, footage: Footage, out: str) -> Done:
-    target = _target(given, out)
+    target = target_of(given, out)
     height, width = method.output.size(footage.height, footage.width)
     how = f", {target.codec} {target.format_of(height, width)}" if target.is_video else ""
     name = "stdin" if hasattr(footage.source, "read") else footage.name
@@ -288,12 +294,23 @@ def _say(given: argparse.Namespace, sentence: str) -> None:
         print(sentence, file=sys.stderr if given.out == "-" else sys.stdout, flush=True)
 
 
-def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: ExitStack) -> Any:
+def open_method(
+    given: argparse.Namespace,
+    note: Callable[[str], None],
+    on_step: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Loads the model and makes its method with the settings that were given; others are the method's own.
+
+    on_step: of whole-clip methods, called with (done, total). Raises UserError.
+    """
     import torch
 
     import flashvsr
-    from flashvsr.weights.folder import say
 
+    settings = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) not in (None, ...)}
+    for name in ("sparse_ratio", "local_range"):  # there, None means: all
+        if getattr(given, name) is None:
+            settings[name] = None
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = given.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     try:
@@ -301,7 +318,6 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {given.device}: {str(error).splitlines()[0]}") from None
-    note = (lambda sentence: None) if given.quiet or given.out == "-" else say
     model = flashvsr.load(
         given.model,
         dtype=getattr(torch, dtype),
@@ -311,7 +327,7 @@ def _open_method(given: argparse.Namespace, settings: dict[str, Any], stack: Exi
     )
     settings = settings | {"note": note}
     if model.info.kind in ("teacher", "sparse"):
-        settings |= {"on_step": _sampling_bar(stack, given.quiet)}
+        settings |= {"on_step": on_step}
     elif device.type == "cuda":  # what does not fit is refused before the first frame
         settings = {"memory": "auto"} | settings
     return flashvsr.method(model, **settings)
