@@ -71,17 +71,34 @@ def save(
                 f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())
             }
             write_json(aside / MANIFEST, {"format": FORMAT, "parts": names, "files": files})
-        older = [s for s, _ in reversed(_steps(folder)) if s <= step]
-        kept = {*older[:keep_last], *(s for s in older if keep_every and s % keep_every == 0)}
         for other, place in _steps(folder):
-            if other not in kept:
+            if other > step:
                 _remove(place)
+        _remove_older(folder, step, keep_last, keep_every)
     except OSError as error:
         raise UserError(
             f"the checkpoint {path} could not be written ({error.strerror or error}): make room or make the "
             "folder writable, then the same command goes on from the checkpoint before it"
         ) from error
     return path
+
+
+def tidy(folder: Path, step: int, keep_last: int, keep_every: int = 0) -> None:
+    """Ends what a save of `step` began that was killed behind its last file: removes unfinished folders, and
+    the checkpoints before it that it would have removed. Later ones stay until the next save. Safe while
+    other ranks look for the newest.
+
+    Raises:
+        UserError: something cannot be removed.
+    """
+    try:
+        _remove_unfinished(folder)
+        _remove_older(folder, step, keep_last, keep_every)
+    except OSError as error:
+        raise UserError(
+            f"old checkpoints in {folder} could not be removed ({error.strerror or error}): make the folder "
+            "writable, then the same command goes on"
+        ) from error
 
 
 def latest(folder: Path) -> Path | None:
@@ -240,6 +257,14 @@ def _remove(path: Path) -> None:
     aside = path.with_name(f".{path.name}.old.part")
     path.rename(aside)
     shutil.rmtree(aside)
+
+
+def _remove_older(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Of the checkpoints up to `step` the newest `keep_last` stay, and the multiples of `keep_every`."""
+    older = [(s, path) for s, path in reversed(_steps(folder)) if s <= step]
+    for other, place in older[keep_last:]:
+        if not keep_every or other % keep_every:
+            _remove(place)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -75,7 +75,8 @@ class Checkpoints:
         self._corpus = clips.identity()["corpus"]  # a hash of the clips' contents, wherever they lie
 
     def restore(self) -> Position:
-        """Loads the newest checkpoint; returns where it stands (step 0: there was none).
+        """Loads the newest checkpoint; returns where it stands (step 0: there was none). Then removes what
+        killed saves left.
 
         Raises:
             UserError: it does not continue this run: other settings or clips, another stage, too many or too
@@ -98,6 +99,8 @@ class Checkpoints:
             shadow = stage.roles[stage.main].shard(restored.take(f"{stage.main}.ema"))
             stage.ema.load_state_dict(shadow)
         restored.finish()
+        if stage.world.is_main:  # the save of it may have been killed before it removed what it replaced
+            checkpoint.tidy(self.folder, restored.step, config.keep_last, config.keep_every)
         return position
 
     def save(self, position: Position) -> None:

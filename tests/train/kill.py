@@ -277,18 +277,15 @@ def _last_step(folder: Path) -> int:
 
 def differences(alone: Path, killed: Path, exact: bool) -> list[str]:
     """What is not as in the run that was left alone: files of checkpoints, model and pictures, numbers."""
-    found = []
-    if exact:
-        for folder in ("checkpoints", "export", "samples"):
-            a, b = (_hashes(path / folder) for path in (alone, killed))
-            found += [
-                f"{folder}/{name} differs"
-                for name in sorted(a.keys() | b.keys())
-                if a.get(name) != b.get(name)
-            ]
-    for a, b in zip(sorted(alone.glob("checkpoints/*")), sorted(killed.glob("checkpoints/*")), strict=False):
-        one, other = (read_json(path / checkpoint.STATE) for path in (a, b))
-        found += [f"{key} of {a.name}" for key in ("step", "counter", "corpus") if one[key] != other[key]]
+    a, b = ({path.name for path in (run / "checkpoints").iterdir()} for run in (alone, killed))
+    found = [f"checkpoints/{name} is in one run only" for name in sorted(a ^ b)]  # unfinished ones too
+    for name in sorted(a & b):
+        one, other = (read_json(run / "checkpoints" / name / checkpoint.STATE) for run in (alone, killed))
+        found += [f"{key} of {name}" for key in ("step", "counter", "corpus") if one[key] != other[key]]
+    for folder in ("checkpoints", "export", "samples") if exact else ():
+        a, b = (_hashes(run / folder) for run in (alone, killed))
+        found += [f"{folder}/{name} is in one run only" for name in sorted(a.keys() ^ b.keys())]
+        found += [f"{folder}/{name} differs" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
     first, second = _lines(alone), _lines(killed)
     if len(first) != len(second):
         found.append(f"{len(second)} lines of metrics instead of {len(first)}")

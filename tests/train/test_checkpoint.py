@@ -128,8 +128,16 @@ def test_clock_jumps_do_not_matter(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_tidying_ends_a_save_and_leaves_later_ones(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, PARTS.items(), META, keep_last=9)
+    (tmp_path / ".step-000004.0a.part").mkdir()
+    checkpoint.tidy(tmp_path, 5, keep_last=2, keep_every=3)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["3", "4", "5", "6"]
+
+
 def test_removing_is_all_or_nothing(tmp_path, monkeypatch):
-    """Killed while the old one is removed: it is either there, whole, or hidden until the next save."""
+    """Killed while the old one is removed: it is either there, whole, or hidden until it is tidied up."""
     save(tmp_path, 1, PARTS.items(), META, keep_last=1)
     real = checkpoint.shutil.rmtree
 

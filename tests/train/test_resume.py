@@ -56,7 +56,6 @@ def test_killed_once_per_stage_equals_never_killed(tmp_path):
     assert all(row["kills"] == 1 and row["equal"] for row in rows)
 
 
-@pytest.mark.slow
 def test_two_processes_killed_in_stage_3_equal_two_never_killed(tmp_path):
     (row,) = campaign(tmp_path, *LEAN, "--stages", "3", "--kills", "1", "--steps", "4", "--processes", "2")
     assert row["kills"] == 1 and row["processes"] == "2" and row["equal"]
@@ -197,6 +196,28 @@ def test_at_a_constant_rate_more_steps_go_on(halfway):
     for part in ("teacher", "teacher.optimizer", "teacher.ema"):
         name = f"checkpoints/step-000003/{part}.safetensors"
         assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_the_last_save_was_killed_before_removing_goes(halfway, monkeypatch, hidden):
+    """The last checkpoint is there, the one it replaces too, or half removed. No save comes after it."""
+
+    class Killed(BaseException):
+        """No handler of errors runs."""
+
+    def killed(path):
+        if hidden:
+            path.rename(path.with_name(f".{path.name}.old.part"))
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "_remove", killed)
+    with pytest.raises(Killed):
+        loop.run(config(halfway, "teacher"), WORLD)
+    monkeypatch.undo()
+    folder = halfway / "micro/stage1/checkpoints"
+    assert len(list(folder.iterdir())) == 3
+    assert loop.run(config(halfway, "teacher"), WORLD) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000004"]
 
 
 # ---- state ----------------------------------------------------------------------------------------------
