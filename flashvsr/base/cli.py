@@ -44,12 +44,13 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except (UserError, OSError) as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What an error says, without the traceback that a worker of torch's DataLoader wraps it in."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     text = str(error).strip() or type(error).__name__
@@ -211,9 +212,9 @@ class Progress:
         parts = [f"{self.label}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}"]
         if self.done and seconds > 0:
             parts.append(f"{self.done / seconds:.3g} {self.unit}/s")
-        parts.append(f"{_clock(seconds)} gone")
+        parts.append(f"{clock(seconds)} gone")
         if not end and self.total and self.done:
-            parts.append(f"{_clock(seconds / self.done * max(self.total - self.done, 0))} left")
+            parts.append(f"{clock(seconds / self.done * max(self.total - self.done, 0))} left")
         parts += [f"{k}={_short(v)}" for k, v in self._info.items()]
         print(", ".join(parts) + end, file=sys.stderr, flush=True)
 
@@ -228,7 +229,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """mm:ss, or h:mm:ss from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
