@@ -53,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, metavar="DIR", help="model folder: an export or a release")
     _model_options(p.add_argument_group("how it is upscaled"))
     _file_options(p.add_argument_group("what is read and written"))
+    p.add_argument(
+        "--estimate", action="store_true", help="one-step models: print what memory and time it takes, from "
+        "two calls of the model, and end",
+    )  # fmt: skip
     p.add_argument("--benchmark", action="store_true", help="print where the time went")
     p.add_argument("--json", metavar="FILE", help="with --benchmark: write it there, too")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -184,6 +188,11 @@ def main(argv: list[str]) -> int | None:
         note = (lambda sentence: None) if given.quiet or given.out == "-" else say
         method = open_method(given, note, _sampling_bar(stack, given.quiet))
         _say(given, f"{given.model}: " + ", ".join(f"{k} {v}" for k, v in method.in_use.items()))
+        if given.estimate:
+            from flashvsr.bench.forecast import forecast
+
+            print(forecast(method, first))
+            return None
         if first is not None:
             return PARTLY if _one(given, method, first, jobs[0].out).missing else None
         return _several(given, method, jobs)
@@ -214,8 +223,11 @@ def _check(given: argparse.Namespace, jobs: list[paths.Job]) -> None:
         raise UserError(f"--fps has no effect on {videos[0].source}, which has its own times")
     if given.json and not given.benchmark:
         raise UserError("--json says where --benchmark writes; give both")
-    if given.benchmark and len(jobs) > 1:
-        raise UserError(f"--benchmark is of one input, not of {len(jobs)}")
+    for name in ("benchmark", "estimate"):
+        if getattr(given, name) and len(jobs) > 1:
+            raise UserError(f"--{name} is of one input, not of {len(jobs)}")
+    if given.benchmark and given.estimate:
+        raise UserError("--estimate upscales nothing that --benchmark could measure; give one of them")
     for job in jobs:
         target_of(given, job.out)
 
@@ -306,6 +318,7 @@ def open_method(
     import torch
 
     import flashvsr
+    from flashvsr.streaming.beside import worthwhile
 
     settings = {name: getattr(given, name) for name in SETTINGS if getattr(given, name) not in (None, ...)}
     for name in ("sparse_ratio", "local_range"):  # there, None means: all
@@ -328,8 +341,10 @@ def open_method(
     settings = settings | {"note": note}
     if model.info.kind in ("teacher", "sparse"):
         settings |= {"on_step": on_step}
-    elif device.type == "cuda":  # what does not fit is refused before the first frame
-        settings = {"memory": "auto"} | settings
+    else:
+        settings |= {"pipelined": worthwhile(device) and not (given.benchmark or given.estimate)}
+        if device.type == "cuda":  # what does not fit is refused before the first frame
+            settings = {"memory": "auto"} | settings
     return flashvsr.method(model, **settings)
 
 

@@ -16,6 +16,7 @@ from flashvsr.base.cli import UserError
 from flashvsr.base.resize import bicubic_8bit, to_signed, to_uint8
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
+from flashvsr.streaming.beside import download, upload
 from flashvsr.weights.folder import FlashVSR
 
 Frames = np.ndarray | Tensor
@@ -118,7 +119,7 @@ class Canvas:
 
     def place_8bit(self, frames: Tensor) -> Tensor:
         """As `place`, as the uint8 pixels before they go to [-1,1]."""
-        x = bicubic_8bit(frames.to(self.device).permute(3, 0, 1, 2), self.size)
+        x = bicubic_8bit(upload(frames, self.device).permute(3, 0, 1, 2), self.size)
         if self.padded != self.size:
             x = x.index_select(-2, self._rows).index_select(-1, self._columns)
         return x[None]
@@ -127,7 +128,7 @@ class Canvas:
         """`1 3 F H W` in [-1,1] at the padded size -> uint8 `F sH sW 3`."""
         height, width = self.size
         frames = [to_uint8(frame[:, :height, :width]) for frame in sr[0].unbind(1)]
-        return torch.stack(frames).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return download(torch.stack(frames).permute(0, 2, 3, 1).contiguous())
 
     def empty(self) -> np.ndarray:
         """No frames of the output size."""

@@ -144,6 +144,7 @@ class Part:
 
     state: int
     working: int
+    beside: int = 0  # more, where the decoder works beside the next call's DiT
 
 
 @lru_cache(64)
@@ -164,15 +165,20 @@ def one_tile(
         last = _cast(TCDecoder(config.tc_decoder) if decoder == "tc" else WanVAE(config.vae), dtype)
         dit.set_prompt(torch.empty(1, config.dit.text_len, config.dit.text_dim))
         stream = _Dry(Denoiser(dit, projector), last, settings, lambda i, shape: torch.empty(shape))
+        halves = [0, 0]  # the most alive up to the latents, and after them
         with _Fused(), _Alive((dit, projector, last), device == "cpu") as alive:
             for frames in (FIRST_FRAMES, STEP_FRAMES):
                 lr = torch.empty(1, 3, frames, *size)
-                stream.step(lr)
-                del lr
+                latent = stream.denoise(lr)
+                halves[0], alive.peak = max(halves[0], alive.peak), alive.now
+                stream.finish(latent, lr)
+                halves[1], alive.peak = max(halves[1], alive.peak), alive.now
+                del lr, latent
                 gc.collect()  # what only circles hold would else count as kept
         ring = stream.ring.keys.nbytes + stream.ring.values.nbytes + stream.ring.pooled.nbytes
     others = ring // layers * (config.dit.layers - layers)
-    return Part(alive.now + others, int(FRAGMENTS * (alive.peak - alive.now)))
+    working, beside = (int(FRAGMENTS * (half(halves) - alive.now)) for half in (max, min))
+    return Part(alive.now + others, working, beside)
 
 
 def _part(
@@ -219,6 +225,7 @@ def estimate(
     *,
     device: str = "cpu",
     offload: bool = False,
+    pipelined: bool = False,
     part: Part | None = None,
 ) -> Estimate:
     """What streaming a picture cut into `tiles` takes on the device and in the host's memory.
@@ -242,7 +249,8 @@ def estimate(
     if count > 1 or offload:
         # uint8 LR frames, the four that wait included, float32 SR frames, one frame's correction
         canvas = pixels * (2 * FIRST_FRAMES + 4 * (FIRST_FRAMES - 4) + 5 * 4)
-    return Estimate(weights, state, part.working, canvas, host + results)
+    working = part.working + (part.beside if pipelined else 0)
+    return Estimate(weights, state, working, canvas, host + results)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -283,7 +291,7 @@ class Preflight:
     offload: bool = False
 
     def estimate(self, tiles: Tiles, **changed: Any) -> Estimate:
-        """`estimate` of this; `changed`: settings, decoder or offload instead of its own."""
+        """`estimate` of this; `changed`: settings, decoder, offload, pipelined instead of its own."""
         what = {"settings": self.settings, "decoder": self.decoder, "offload": self.offload} | changed
         return estimate(self.model, tiles, device=self.device.type, **what)
 

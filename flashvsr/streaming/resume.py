@@ -87,7 +87,7 @@ def upscale_resumable(
 def _fingerprint(footage: Footage, method: StreamingUpscaler, target: Target, every: int) -> dict[str, Any]:
     file = Path(footage.source).resolve()
     facts = file.stat()
-    chosen = {k: str(v) for k, v in method.in_use.items() if k != "tiles"}
+    chosen = {k: str(v) for k, v in method.in_use.items() if k not in ("tiles", "pipelined")}
     encoding = {k: str(getattr(target, k)) for k in ("out", "codec", "crf", "ten_bit", "pix_fmt", "audio")}
     cut = {"start": str(footage.start), "end": str(footage.end), "fps": str(footage.fps)}
     input = {"input": str(file), "bytes": facts.st_size, "changed": facts.st_mtime_ns, "segment": every}
@@ -136,7 +136,10 @@ class _Saving:
 
     def push(self, frames: np.ndarray) -> np.ndarray:
         out = self.method.push(frames)
-        self.taken, self.given = self.taken + len(frames), self.given + len(out)
+        self.taken += len(frames)
+        if self.taken % self.every == 0:
+            out = np.concatenate([out, self.method.settle()])
+        self.given += len(out)
         if self.taken % self.every == 0 and len(out):
             state = {"taken": self.taken, "given": self.given, "method": state_of(self.method)}
             self.segments.ends[self.given] = state

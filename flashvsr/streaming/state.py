@@ -19,7 +19,8 @@ _OF_RING = ("chunks", "keys", "values", "pooled")
 
 def state_of(upscaler: StreamingUpscaler) -> dict[str, Any]:
     """Plain tensors, numbers and containers, all copied to the host: about what the stream holds on its
-    device. The clip must have begun."""
+    device. The clip must have begun, and no call be under way (`settle`)."""
+    assert not upscaler._calls
     stream = upscaler._stream
     tiled = isinstance(stream, TiledStream)
     return {

@@ -22,6 +22,7 @@ from flashvsr.base.draws import generator
 from flashvsr.models.denoiser import Denoiser
 from flashvsr.models.tc_decoder import TCDecoder
 from flashvsr.models.wan_vae import WanVAE
+from flashvsr.streaming.beside import upload
 from flashvsr.streaming.color import correct
 
 LOOK_AHEAD = 4  # LR frames the projector reads beyond the frames of a latent
@@ -178,7 +179,7 @@ class Stream:
         channels = self.denoiser.dit.config.in_channels
         shape = (channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
         noise = torch.stack([self.noise(self.next_latent + i, shape) for i in range(n)], 1)
-        noise = noise.to(device, torch.float32).expand(batch, -1, -1, -1, -1)
+        noise = upload(noise.float(), device).expand(batch, -1, -1, -1, -1)
         sigma = torch.ones(batch, 1, device=device)
         (v,) = self.denoiser([noise], sigma, plan, features=[[f] for f in features])
         self.ring.advance(plan.chunks)
@@ -213,5 +214,11 @@ class Stream:
     @torch.no_grad()
     def step(self, lr: Tensor) -> Tensor:
         """LR frames at output size, `B 3 F H W` in [-1,1] -> SR frames, clamped."""
-        sr, reference = self.render(self.denoise(lr), lr)
+        return self.finish(self.denoise(lr), lr)
+
+    @torch.no_grad()
+    def finish(self, latent: Tensor, lr: Tensor) -> Tensor:
+        """The second half of a step, from what `denoise` gave for `lr`. It shares no memory with the first:
+        that may already be at the next LR frames."""
+        sr, reference = self.render(latent, lr)
         return correct(sr, reference, self.settings.color_fix)

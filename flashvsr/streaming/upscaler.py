@@ -8,13 +8,16 @@ its last frame repeated and the surplus cut off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flashvsr.base.cli import UserError, build
+from flashvsr.streaming.beside import Beside, borrow
 from flashvsr.streaming.frames import (
     Canvas,
     Frames,
@@ -28,9 +31,10 @@ from flashvsr.streaming.frames import (
     pad_time,
     resolve_ratio,
 )
-from flashvsr.streaming.preflight import Preflight, budget
+from flashvsr.streaming.preflight import Estimate, Preflight, budget
 from flashvsr.streaming.stream import (
     FIRST_LATENTS,
+    LOOK_AHEAD,
     STEP_LATENTS,
     TOKEN_PIXELS,
     Noise,
@@ -42,6 +46,7 @@ from flashvsr.streaming.stream import (
 from flashvsr.streaming.tiling import TiledStream, Tiles, Tiling, lay, overlap_pixels, whole
 from flashvsr.weights.folder import FlashVSR, say
 
+T = TypeVar("T")
 STEP_FRAMES = 4 * STEP_LATENTS
 VAE_LATENTS = 24  # that a VAE is given again after a retry
 
@@ -52,6 +57,25 @@ def first_latents(frames: int) -> int:
         if 4 * latents - 3 >= frames:
             return latents
     return FIRST_LATENTS
+
+
+@dataclass
+class _Call:
+    """One call of the model: the LR frames it takes, uint8 `F h w 3`, and where its result will be, if it has
+    been begun."""
+
+    frames: Tensor
+    later: Future[np.ndarray] | None = None
+
+    @property
+    def latents(self) -> int:
+        return self.frames.shape[0] // 4
+
+    @property
+    def gives(self) -> int:
+        """SR frames: of a clip's first call, the one with a frame over, four less than it takes."""
+        count = self.frames.shape[0]
+        return count - LOOK_AHEAD if count % STEP_FRAMES else count
 
 
 class StreamingUpscaler:
@@ -72,7 +96,10 @@ class StreamingUpscaler:
     GiB of the device that model and stream may take together, or auto for 0.9 of what is free: a picture that
     needs more is refused before the first frame (None: not looked at, but with tile=auto, where it is auto);
     offload: projector, DiT and decoder are on the device only for their turn, and what tiles remember waits
-    on the host; note: told, in a sentence, of a scale the model was not made for and of a retry.
+    on the host; pipelined: the decoder works on one call beside the DiT on the next, and frames are given one
+    call later: the same frames (not with tiles or offload, nor where `memory` is too small for both at once;
+    on a CPU it helps where torch's threads leave cores idle); note: told, in a sentence, of a scale the model
+    was not made for and of a retry.
 
     Raises UserError for a model that does not stream, a missing part or a setting out of range.
     """
@@ -96,6 +123,7 @@ class StreamingUpscaler:
         overlap: int = 24,
         memory: float | Literal["auto"] | None = None,
         offload: bool = False,
+        pipelined: bool = False,
         note: Callable[[str], None] = say,
     ):
         if model.info.kind != "one-step":
@@ -120,7 +148,7 @@ class StreamingUpscaler:
             },
         )
         self.tiling = build(Tiling, {"tile": tile, "overlap": overlap, "memory": memory, "offload": offload})
-        self.attention = attention_in_use(model, attention)
+        self.attention, self.pipelined = attention_in_use(model, attention), pipelined
         self.model, self.device, self.note = model, model_device(model), note
         self.denoiser = model.denoiser()
         self.compiled = compile
@@ -135,6 +163,7 @@ class StreamingUpscaler:
         block = model.dit.config.block
         self._multiple = (TOKEN_PIXELS * block[1], TOKEN_PIXELS * block[2])
         self._most: int | None = None  # tiles have fewer pixels: a device has run out of memory
+        self._beside: Beside | None = None
         self._reset()
 
     @property
@@ -157,6 +186,7 @@ class StreamingUpscaler:
             "seed": self.output.seed,
             "tiles": t.tile if self._tiles is None else str(self._tiles),
             "offload": t.offload,
+            "pipelined": self.pipelined if self._tiles is None else self._beside is not None,
             "compiled": self.compiled,
             "device": str(self.device),
         }
@@ -166,15 +196,22 @@ class StreamingUpscaler:
         """How the picture of the running clip is cut; None before its first frame."""
         return self._tiles
 
+    @property
+    def memory(self) -> Estimate:
+        """What the running clip takes, in the preflight's estimate; a clip must have begun."""
+        return self._preflight(limited=False).estimate(self._tiles, pipelined=self._beside is not None)
+
     def _reset(self) -> None:
         self._stream: Stream | TiledStream | None = None
+        self._end_beside()
+        self._calls: list[_Call] = []  # those not finished, oldest first
         self._tiles: Tiles | None = None
         self._canvas: Canvas | None = None
         self._retried = False
         self._past: Tensor | None = None  # the last frames given to the model: enough to start it again
         self._waiting: Tensor | None = None  # frames not yet given to the model, uint8 F H W 3
         self._last: Tensor | None = None
-        self._position = 0  # latents the model has been given
+        self._position = 0  # latents of the calls that are finished
         self._owed = 0  # frames received and not yet given back
 
     def push(self, frames: Frames) -> np.ndarray:
@@ -195,46 +232,93 @@ class StreamingUpscaler:
             self._owed += x.shape[0]
         done = []
         while self._waiting.shape[0] >= (need := self._next_call()):
-            done.append(self._step(need))
-        return np.concatenate(done) if done else self._canvas.empty()
+            done += self._call(need)
+        return self._together(done)
 
     def flush(self) -> np.ndarray:
         """Gives the rest, so that as many frames have come out as went in; then a new clip may begin."""
         done = []
-        while self._owed:
+        while self._owed > sum(call.gives for call in self._calls):
             need = self._next_call()
-            if self._position == 0:
+            if not self._begun:
                 need = 4 * first_latents(self._owed) + 1
             self._waiting = pad_time(self._waiting, need, self._last)
-            done.append(self._step(need))
-        rest = np.concatenate(done) if done else (self._canvas.empty() if self._canvas else no_frames())
+            done += self._call(need)
+        rest = self._together(done + self._finish_all())
         self._reset()
         return rest
 
+    def settle(self) -> np.ndarray:
+        """Gives the frames of all calls that were begun; the clip goes on."""
+        return self._together(self._finish_all())
+
+    def _together(self, done: list[np.ndarray]) -> np.ndarray:
+        if not done:
+            return self._canvas.empty() if self._canvas else no_frames()
+        return np.concatenate(done)
+
+    @property
+    def _begun(self) -> bool:
+        return bool(self._position or self._calls)
+
     def _next_call(self) -> int:
         """LR frames of the model's next call."""
-        return STEP_FRAMES if self._position else 4 * FIRST_LATENTS + 1
+        return STEP_FRAMES if self._begun else 4 * FIRST_LATENTS + 1
 
-    def _step(self, count: int) -> np.ndarray:
-        lr = self._waiting[:count]
-        frames, ended = self._attempt(lr)
+    def _call(self, count: int) -> list[np.ndarray]:
+        """Begins a call with the first `count` frames that wait; gives those of the call before it, or, where
+        nothing works beside, its own."""
+        call = _Call(self._waiting[:count])
+        self._waiting = self._waiting[count:]
+        self._calls.append(call)
+        if self._beside is None:
+            return self._finish_all()
+        call.later, ended = self._attempt(lambda: self._begin_call(call.frames))
+        done = self._finish_all(but=1)
+        if call.later is None and self._beside is not None:  # else one before it was the first to fail
+            self._start_again(ended)
+        return done if call.later is not None else done + self._finish_all()
+
+    def _begin_call(self, frames: Tensor) -> Future[np.ndarray]:
+        """The first half of a call, up to the latents, now; the second beside what comes next."""
+        stream, canvas = self._stream, self._canvas
+        with torch.no_grad():
+            lr = canvas.place(frames)
+            latent = stream.denoise(lr)
+
+        def decode() -> np.ndarray:
+            borrow([latent, lr, *filter(torch.is_tensor, [stream.pending, *(stream.decoder_memory or ())])])
+            return canvas.take(stream.finish(latent, lr))
+
+        return self._beside(decode)
+
+    def _finish_all(self, but: int = 0) -> list[np.ndarray]:
+        """The frames of the calls that were begun, without those of the last `but`."""
+        done = []
+        while len(self._calls) > but:
+            done.append(self._finish())
+        return done
+
+    def _finish(self) -> np.ndarray:
+        call = self._calls[0]
+        frames, ended = self._attempt(call.later.result if call.later else lambda: self._run(call.frames))
         if frames is None:
             self._start_again(ended)
-            frames, ended = self._attempt(lr)
+            frames, ended = self._attempt(lambda: self._run(call.frames))
             if frames is None:
                 raise UserError(self._ended_again(ended))
-        self._position = self._stream.next_latent
-        self._past = torch.cat([self._past, lr])[-self._context :]
-        self._waiting = self._waiting[count:]
+        self._calls.pop(0)
+        self._position += call.latents
+        self._past = torch.cat([self._past, call.frames])[-self._context :]
         frames = frames[: self._owed]
         self._owed -= len(frames)
         return frames
 
-    def _attempt(self, frames: Tensor) -> tuple[np.ndarray | None, str]:
-        """What `_run` gives, or None and the reason where memory ended. The error itself is gone on return:
+    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, str]:
+        """What `work` gives, or None and the reason where memory ended. The error itself is gone on return:
         it keeps the tensors of the failed call alive."""
         try:
-            return self._run(frames), ""
+            return work(), ""
         except torch.OutOfMemoryError as error:
             return None, str(error).splitlines()[0]
 
@@ -272,6 +356,14 @@ class StreamingUpscaler:
             preflight.check(tiles, shared, self._multiple)
         self._canvas, self._tiles = canvas, tiles
         self._stream = self._new_stream(tiles)
+        room = self.pipelined and (tiling.memory is None or preflight.fits(tiles, pipelined=True))
+        if room and isinstance(self._stream, Stream):
+            self._beside = Beside(self.device)
+
+    def _end_beside(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
 
     def _preflight(self, limited: bool = True) -> Preflight:
         memory = self.tiling.memory or "auto"
@@ -315,6 +407,9 @@ class StreamingUpscaler:
             raise UserError(self._ended_again(reason))
         self._retried = True
         old = self._tiles
+        self._end_beside()
+        for call in self._calls:  # what they gave, if anything, is of a stream that goes
+            call.later = None
         self._stream = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -330,7 +425,7 @@ class StreamingUpscaler:
         at = 0
         while at < self._past.shape[0]:
             count = STEP_FRAMES if at else min(4 * FIRST_LATENTS + 1, self._past.shape[0])
-            frames, ended = self._attempt(self._past[at : at + count])
+            frames, ended = self._attempt(lambda lr=self._past[at : at + count]: self._run(lr))
             if frames is None:
                 raise UserError(self._ended_again(ended))
             at += count

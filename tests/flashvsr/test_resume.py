@@ -121,6 +121,16 @@ def test_killed_anywhere_the_file_is_the_same(source, upscaler, tmp_path, name, 
     assert len(packets(out)) == len(packets(source)) > 10
 
 
+def test_a_decoder_beside_the_dit_makes_the_same_file(source, upscaler, tmp_path):
+    go(source, tmp_path / "whole.mp4", upscaler())
+    with pytest.raises(Killed):
+        go(source, tmp_path / "out.mp4", upscaler(pipelined=True), die_after=48)
+    kept = any(work_folder(str(tmp_path / "out.mp4")).glob("state-*"))
+    done = go(source, tmp_path / "out.mp4", upscaler(pipelined=True))
+    assert done.times.frames < FRAMES or not kept
+    assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
 def test_other_settings_do_not_go_on_in_the_same_folder(source, upscaler, tmp_path):
     with pytest.raises(Killed):
         go(source, tmp_path / "out.mp4", upscaler(), die_after=40)

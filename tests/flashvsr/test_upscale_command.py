@@ -203,11 +203,18 @@ def test_ctrl_c_is_exit_code_130_and_a_playable_file(model, tmp_path):
         "--scale",
         "2",
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=_with_root())
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        env=_with_root(),
+        # a shell's background jobs ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 60
     while not list(tmp_path.glob(".out.*")) and time.monotonic() < until:
         time.sleep(0.02)
-    time.sleep(2)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "frames are in out.partial.mp4" in said and "Traceback" not in said
@@ -219,3 +226,23 @@ def _with_root():
     import os
 
     return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_an_estimate_writes_nothing_and_counts_the_calls(model, clips, tmp_path, capsys, monkeypatch):
+    """29 frames: 25 in the first call, of which 21 come, and one more; 53 frames of a longer clip: 4 more."""
+    from flashvsr.base import measure
+
+    seconds = iter([30.0, 10.0, 30.0, 10.0])
+    monkeypatch.setattr(measure, "timed", lambda fn: (fn(), next(seconds)))
+    upscale(model, clips / "1.mp4", tmp_path / "out.mp4", "--quiet", "--estimate")
+    make(tmp_path / "long.mp4", scene(1, 53, H, W))
+    upscale(model, tmp_path / "long.mp4", tmp_path / "out.mp4", "--quiet", "--estimate")
+    short, memory, longer = capsys.readouterr().out.splitlines()[1:]
+    assert short == "time: about 00:40 for 29 frames"
+    assert longer == "time: about 01:10 for 53 frames: a first call of 30 s and 4 of 10 s"
+    upscaler = method(load(model), scale=SCALE)
+    upscaler.push(scene(1, 1, H, W))
+    assert memory == f"memory: about {upscaler.memory}, tiles: none" and "GiB (weights" in memory
+    assert not (tmp_path / "out.mp4").exists()
+    with pytest.raises(UserError, match="--estimate is of one input, not of 2"):
+        upscale(model, clips, tmp_path / "out", "--estimate")
