@@ -119,6 +119,20 @@ def test_the_condition_has_no_effect_at_first_but_a_gradient(channels):
         assert (last[:, 3:] == 0).all() and last.grad[:, 3:].abs().max() > 0
 
 
+@pytest.mark.parametrize("channels", [(64, 48, 32, 32), (16, 12, 6, 3)])
+def test_a_decoder_from_scratch_shows_the_means_of_lr_enlarged(channels):
+    torch.manual_seed(0)
+    decoder = fresh_decoder(TCDecoderConfig(channels))
+    lr = torch.rand(1, 3, 13, 40, 48) * 2 - 1
+    shown = decoder(torch.randn(1, 16, 4, 5, 6), lr)[0]
+    means = F.avg_pool2d((3 * torch.tanh(lr / 3)).transpose(1, 2).flatten(0, 1), 8)
+    for _ in range(3):
+        means = F.interpolate(means, scale_factor=2, mode="bilinear")
+    expected = means.unflatten(0, (1, 13)).transpose(1, 2)
+    inside = (..., slice(12, -12), slice(12, -12))  # zeros beyond the border darken it
+    assert torch.allclose(shown[inside], expected[inside], atol=1e-5)
+
+
 def test_files_that_are_no_taehv_decoder_are_named(tmp_path):
     path = tmp_path / "taew2_1.pth"
 

@@ -20,7 +20,7 @@ from flashvsr.base.cli import UserError
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_uint8
 from flashvsr.config import TCDecoderConfig
-from flashvsr.models.tc_decoder import MemBlock, TCDecoder
+from flashvsr.models.tc_decoder import GROUP, PIXELS, MemBlock, TCDecoder
 from flashvsr.weights.folder import FlashVSR, ModelInfo
 from train.losses.pixel import decode_window, difference, mse, window_frames
 from train.stages.feed import Inputs
@@ -30,19 +30,50 @@ from train.turns import Losses
 from train.validate import VALIDATION_STEP
 
 
+COLOURS = 3
+
+
 @torch.no_grad()
 def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
-    """A TC decoder from scratch: grey at first. Memory blocks and the two deepening convolutions start as the
-    identity (the release grew its decoder in the same way); otherwise nine blocks without norm explode."""
+    """A TC decoder from scratch that shows LR's means over 8x8 pixels, enlarged linearly, and learns the rest.
+
+    The first channels carry those means, as positive numbers that ReLU lets through: 12 (colour, frame) until
+    frames are split in two, then 6, then 3. Memory blocks and the two deepening convolutions start as the
+    identity (the release grew its decoder in the same way; otherwise nine blocks without norm explode), every
+    other channel is random and reaches the picture through weights that start at zero. A decoder too narrow
+    for the means starts grey.
+    """
     module = TCDecoder(config)
-    for layer in module.decoder.values():
+    layers, carried = module.decoder, GROUP * COLOURS
+    for layer in layers.values():
         if isinstance(layer, MemBlock):
             torch.nn.init.zeros_(layer.conv["4"].weight)
             torch.nn.init.zeros_(layer.conv["4"].bias)
     for name in ("3", "24"):
-        torch.nn.init.dirac_(module.decoder[name].weight)
-    module.decoder["26"].weight.mul_(0.1)
-    module.decoder["26"].bias.fill_(0.5)
+        torch.nn.init.dirac_(layers[name].weight)
+    picture = layers["26"]
+    picture.weight.zero_()
+    if any(has < needs for has, needs in zip(config.channels, (carried, carried, 6, 3), strict=True)):
+        picture.bias.fill_(0.5)
+        return module
+    layers["1"].weight[:carried] = 0
+    layers["1"].bias[:carried] = 1  # LR is in [-1,1]
+    for i in range(carried):
+        layers["1"].weight[i, i * PIXELS**2 : (i + 1) * PIXELS**2, 1, 1] = PIXELS**-2
+    linear = torch.tensor([0.25, 0.5, 0.25])  # of pixels doubled: 3/4 of the nearest and 1/4 of the next
+    for grow, out, frames in (("9", "10", 1), ("15", "16", 2), ("21", "22", 2)):
+        carried //= frames
+        layers[grow].conv.weight.unflatten(0, (frames, -1))[:, :carried] = 0
+        layers[out].weight[:carried] = 0
+        for i in range(carried):
+            colour, frame = divmod(i, carried // COLOURS)
+            for half in range(frames):
+                source = (colour * frames + half) * (carried // COLOURS) + frame
+                layers[grow].conv.weight.unflatten(0, (frames, -1))[half, i, source] = 1
+            layers[out].weight[i, i] = torch.outer(linear, linear)
+    for colour in range(COLOURS):
+        picture.weight[colour, colour, 1, 1] = 0.5  # frames are 2x - 1
+    picture.bias.zero_()
     return module
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashvsr.base.draws import Draw
 from flashvsr.base.resize import to_signed, to_uint8
 from flashvsr.config import VAEConfig
-from flashvsr.models.wan_vae import FrameAttention, ResidualBlock, WanVAE
+from flashvsr.models.wan_vae import CausalConv3d, FrameAttention, ResidualBlock, WanVAE
 from flashvsr.weights.folder import ModelInfo
 from train.losses.flow_matching import per_sample
 from train.losses.pixel import mse
@@ -28,15 +28,20 @@ STATISTICS_CLIPS = 4
 
 @torch.no_grad()
 def fresh_vae(config: VAEConfig) -> WanVAE:
-    """A VAE from scratch. Convolutions keep the variance, without biases; residual branches start at zero and
-    the posterior starts narrow. With torch's defaults biases drown the image and noise the latents for
-    hundreds of steps."""
+    """A VAE from scratch. Convolutions keep the variance, without biases, and begin with the newest frame
+    alone; residual branches start at zero and the posterior starts narrow. With torch's defaults biases
+    drown the image and noise the latents for hundreds of steps."""
     vae = WanVAE(config)
     for name, parameter in vae.named_parameters():
         if name.endswith("weight"):
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         elif name.endswith("bias"):
             parameter.zero_()
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.weight.shape[2:] == (3, 3, 3):
+            newest = module.weight[:, :, 2] * 3**0.5
+            module.weight.zero_()
+            module.weight[:, :, 2] = newest
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
             module.residual["6"].weight.zero_()
