@@ -29,13 +29,12 @@ from train.stages.shared import LOADED, Loss, Stage
 from train.turns import Losses
 from train.validate import VALIDATION_STEP
 
-
 COLOURS = 3
 
 
 @torch.no_grad()
 def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
-    """A TC decoder from scratch that shows LR's means over 8x8 pixels, enlarged linearly, and learns the rest.
+    """A TC decoder from scratch: shows LR's means over 8x8 pixels, enlarged linearly, and learns the rest.
 
     The first channels carry those means, as positive numbers that ReLU lets through: 12 (colour, frame) until
     frames are split in two, then 6, then 3. Memory blocks and the two deepening convolutions start as the
