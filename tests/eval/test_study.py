@@ -1,4 +1,4 @@
-"""The study's commands are ones that `train` takes, runs share what lies before them, the table says what ran."""
+"""The study's commands are what `train` takes, runs share what lies before them, the table says what ran."""
 
 import json
 
