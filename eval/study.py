@@ -33,46 +33,60 @@ LOSSES = {
 SEEDS = (0, 1)
 RATIOS = ("1.0", "1.5", "2.0", "none")
 # In the place of the demo's few steps; all together about 100 minutes of one CPU core. No LPIPS: its backbone
-# would be random.
+# would be random. The TC decoder is not asked to follow a VAE that is far worse than what it can be.
 TINY = {
     "vae": ("data.slots=160", "stage.lpips=0", "steps=5000", "optim.lr=1.2e-3", "optim.warmup=30"),
     "1": ("data.slots=160", "steps=1500", "validate_every=500"),
     "2": ("data.slots=160", "steps=400", "validate_every=200"),
     "3": ("data.slots=160", "stage.loss.lpips=0", "steps=240", "validate_every=60"),
-    "decoder": ("data.slots=160", "stage.lpips=0", "stage.vae_lpips=0", "steps=600", "validate_every=200"),
-}
+    "decoder": (
+        "data.slots=160", "stage.lpips=0", "stage.vae_mse=0", "stage.vae_lpips=0", "steps=600",
+        "validate_every=200",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Training:
-    """One stage of a run. Stages that the run does not train itself are those of the run `after`."""
+    """One stage of a run. It starts when all of `after` (RUN/STAGE) are done; stages that it does not train
+    itself are theirs. `{out}` in a setting is the folder of all runs."""
 
     run: str
     stage: str
-    after: str | None = None
+    after: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}/{self.stage}"
 
     def command(self, scale: str, data: Path, out: Path) -> list[str]:
         settings = (TINY[self.stage] if scale == "tiny" else ()) + self.settings
         return [
             sys.executable, "-m", "train", f"stage={self.stage}", f"scale={scale}", f"run={self.run}",
-            f"runs_dir={out}", f"data.shards={data}", f"seed={self.seed}", *settings,
+            f"runs_dir={out}", f"data.shards={data}", f"seed={self.seed}",
+            *(setting.format(out=out) for setting in settings),
         ]  # fmt: skip
 
 
 TRAININGS = (
     Training("base", "vae"),
-    Training("base", "1"),
-    Training("base", "2"),
+    Training("base", "1", ("base/vae",)),
+    Training("base", "decoder", ("base/vae",)),
+    Training("base", "2", ("base/1",)),
     *(
-        Training(f"{loss}-{seed}", "3", "base", settings, seed)
+        Training(f"{loss}-{seed}", "3", ("base/2", "base/decoder"), settings, seed)
         for seed in SEEDS
         for loss, settings in LOSSES.items()
     ),
-    Training("both-0", "decoder"),
-    Training("both-0-own-latents", "decoder", "both-0",
-             ("stage.latents=student", "stage.vae_mse=0", "stage.vae_lpips=0")),
+    Training(
+        "both-0-own-latents", "decoder", ("both-0/3",),
+        ("stage.latents=student", "init={out}/base/decoder/export", "optim.lr=1e-4"),
+    ),
+    # Made sick on purpose, for docs/reading-a-dmd-run.md.
+    Training("frozen-fake-0", "3", ("base/2",), (*LOSSES["dmd"], "stage.fake_lr=0")),
+    Training("fast-0", "3", ("base/2",), ("optim.lr=2e-3",)),
 )  # fmt: skip
 
 
@@ -113,17 +127,17 @@ def main(argv: list[str]) -> None:
     add("--scale", default="tiny", help="tiny (two CPU cores, hours), small (a GPU) (default: %(default)s)")
     add("--size", default="192x192", help="of the held-out clips (default: %(default)s)")
     add("--workers", type=int, default=1, help="trainings and evaluations at a time (default: %(default)s)")
-    add("--only", help="trainings of these runs, separated by commas; rows without theirs stay empty")
+    add("--only", help="these trainings, RUN/STAGE,...; rows without theirs stay empty")
     add("--dry-run", action="store_true", help="print the trainings' commands")
     a = parser.parse_args(argv)
     out, data = Path(a.out), Path(a.out) / "data"
-    known = list(dict.fromkeys(t.run for t in TRAININGS))
+    known = [t.name for t in TRAININGS]
     only = known if a.only is None else a.only.split(",")
     if unknown := sorted(set(only) - set(known)):
         raise UserError(f"--only {unknown[0]!r}: there are {', '.join(known)}")
     if a.workers < 1:
         raise UserError(f"--workers must be at least 1, got {a.workers}")
-    chosen = [t for t in TRAININGS if t.run in only]
+    chosen = [t for t in TRAININGS if t.name in only]
     if a.dry_run:
         for training in chosen:
             print(shlex.join(["python", *training.command(a.scale, data, out)[1:]]))
@@ -157,7 +171,7 @@ def call(command: Sequence[str], log: Path | None = None) -> None:
 
 def train_all(chosen: Sequence[Training], scale: str, data: Path, out: Path, workers: int) -> None:
     """In order; with several workers those side by side that do not wait for another."""
-    done: dict[Training, Future] = {}
+    done: dict[str, Future] = {}
 
     def one(training: Training, before: Sequence[Future]) -> None:
         for future in before:
@@ -171,23 +185,23 @@ def train_all(chosen: Sequence[Training], scale: str, data: Path, out: Path, wor
 
     with ThreadPoolExecutor(workers) as pool:
         for training in chosen:
-            before = [future for t, future in done.items() if t.run in (training.run, training.after)]
-            done[training] = pool.submit(one, training, before)
+            before = [done[name] for name in training.after if name in done]
+            done[training.name] = pool.submit(one, training, before)
         for future in done.values():
             future.result()
 
 
 def link(training: Training, out: Path) -> None:
-    """What a run has of the run it comes after: its stages that are complete, and all cached clips."""
-    if training.after is None:
-        return
+    """What a run has of those it comes after: their stages, where it trains none itself, and all cached
+    clips."""
     run = out / training.run
-    run.mkdir(parents=True, exist_ok=True)
     own = {FOLDERS[t.stage] for t in TRAININGS if t.run == training.run}
-    stages = [p for p in (out / training.after).iterdir() if p.name in set(FOLDERS.values()) - own]
-    caches = [
-        p for other in sorted(out.iterdir()) for p in (*other.glob("clips-*"), *other.glob("latents-*"))
-    ]
+    before = {name.partition("/")[0] for name in training.after} - {training.run}
+    if not before:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    stages = [p for other in before for p in (out / other).iterdir() if p.name in set(FOLDERS.values()) - own]
+    caches = [p for kind in ("clips", "latents") for p in sorted(out.glob(f"*/{kind}-*"))]
     for path in (*stages, *caches):
         if not (run / path.name).exists():
             (run / path.name).symlink_to(os.path.relpath(path.resolve(), run))

@@ -24,27 +24,29 @@ def test_every_training_is_a_command_of_train(scale, tmp_path):
 
 
 def test_every_row_has_a_training_and_every_training_comes_after_what_it_needs():
-    trained = {(t.run, t.stage) for t in study.TRAININGS}
-    assert all((row.run, row.stage) in trained for row in study.ROWS if row.run)
     seen = set()
     for training in study.TRAININGS:
-        assert training.after is None or training.after in seen
-        seen.add(training.run)
+        assert set(training.after) <= seen
+        seen.add(training.name)
+    at_hand = {name: {name, *training.after} for name, training in ((t.name, t) for t in study.TRAININGS)}
+    for row in study.ROWS:
+        own = [names for name, names in at_hand.items() if name.partition("/")[0] == row.run]
+        assert row.run is None or any(name.endswith(f"/{row.stage}") for names in own for name in names)
 
 
 def test_a_run_finds_the_stages_and_clips_of_the_one_before(tmp_path):
-    for folder in ("base/vae", "base/stage1", "base/stage2", "base/clips-train-1", "pixels-1/clips-train-2"):
+    for folder in ("base/vae", "base/stage1", "base/decoder", "base/clips-train-1", "pixels-1/clips-train-2"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "base/stage1/metrics.jsonl").write_text("one")
     for name in ("both-0", "both-0-own-latents"):
-        training = next(t for t in study.TRAININGS if t.run == name and t.after)
+        training = next(t for t in study.TRAININGS if t.run == name)
         study.link(training, tmp_path)
         if name == "both-0":
             (tmp_path / name / "stage3").mkdir()
-            (tmp_path / name / "decoder").mkdir()
     run = tmp_path / "both-0-own-latents"
     assert {p.name for p in run.iterdir()} == {
-        "vae", "stage1", "stage2", "stage3", "clips-train-1", "clips-train-2"}  # fmt: skip
+        "vae", "stage1", "stage3", "clips-train-1", "clips-train-2"}  # fmt: skip
+    assert (tmp_path / "both-0/decoder").resolve() == tmp_path / "base/decoder"
     assert (run / "stage1/metrics.jsonl").read_text() == "one"
     assert (run / "stage3").resolve() == tmp_path / "both-0/stage3"
     study.link(training, tmp_path)  # once more changes nothing
@@ -77,6 +79,6 @@ def test_the_table_counts_the_road_behind_a_row(tmp_path, monkeypatch):
 
 
 def test_unknown_runs_are_refused(tmp_path):
-    asked = ["--videos", "x", "--val", "y", "--out", str(tmp_path), "--only", "base,bath-0"]
-    with pytest.raises(UserError, match="bath-0.*both-0"):
+    asked = ["--videos", "x", "--val", "y", "--out", str(tmp_path), "--only", "base/1,bath-0/3"]
+    with pytest.raises(UserError, match="bath-0/3.*both-0/3"):
         study.main(asked)

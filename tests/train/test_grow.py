@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from flashvsr.base.cli import UserError
 from flashvsr.config import TCDecoderConfig
-from train.stages.decoder import fresh_decoder
+from train.stages.decoder import AS_IT_IS, SECOND_DIFFERENCE, fresh_decoder
 from train.stages.grow import grown, holds_more, read_taehv, taehv_file
 
 CHANNELS = (6, 5, 4, 3)
@@ -119,18 +119,34 @@ def test_the_condition_has_no_effect_at_first_but_a_gradient(channels):
         assert (last[:, 3:] == 0).all() and last.grad[:, 3:].abs().max() > 0
 
 
-@pytest.mark.parametrize("channels", [(64, 48, 32, 32), (16, 12, 6, 3)])
-def test_a_decoder_from_scratch_shows_the_means_of_lr_enlarged(channels):
+@pytest.mark.parametrize("channels", [(64, 48, 32, 32), (49, 13, 7, 4)])
+def test_a_decoder_from_scratch_shows_lr(channels):
+    """Against the same by hand: mixtures of half pixels, doubled, the two kinds by their own kernels."""
     torch.manual_seed(0)
     decoder = fresh_decoder(TCDecoderConfig(channels))
-    lr = torch.rand(1, 3, 13, 40, 48) * 2 - 1
+    t, y, x = torch.meshgrid(torch.arange(13), torch.arange(40), torch.arange(48), indexing="ij")
+    lr = torch.stack([0.4 * torch.sin(x / (5 + c) + y / 7 + t) for c in range(3)])[None]
     shown = decoder(torch.randn(1, 16, 4, 5, 6), lr)[0]
-    means = F.avg_pool2d((3 * torch.tanh(lr / 3)).transpose(1, 2).flatten(0, 1), 8)
-    for _ in range(3):
-        means = F.interpolate(means, scale_factor=2, mode="bilinear")
-    expected = means.unflatten(0, (1, 13)).transpose(1, 2)
-    inside = (..., slice(12, -12), slice(12, -12))  # zeros beyond the border darken it
-    assert torch.allclose(shown[inside], expected[inside], atol=1e-5)
+    halves = F.avg_pool2d((3 * torch.tanh(lr / 3)).transpose(1, 2).flatten(0, 1), 4)
+    for axis in (2, 3):
+        halves = doubled(halves.movedim(axis, -1)).movedim(-1, axis)
+    for _ in range(2):  # grey beyond the border
+        halves = F.interpolate(F.pad(halves, (1, 1, 1, 1)), scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
+    assert torch.allclose(shown, halves.unflatten(0, (1, 13)).transpose(1, 2), atol=1e-5)
+    inside = (..., slice(8, -8), slice(8, -8))
+    assert F.mse_loss(shown[inside], lr[inside]) < 0.05 * lr.var()
+
+
+def doubled(halves):
+    """`... 2n` half pixels -> the `... 2n` values that the decoder makes of them, zeros beyond the ends."""
+    pixels = F.pad(halves, (2, 2)).unfold(-1, 6, 2)  # ... n 6
+    plain, second = (
+        F.pad(pixels @ torch.tensor([*taps, *reversed(taps)]), (1, 1))
+        for taps in (AS_IT_IS, SECOND_DIFFERENCE)
+    )
+    left = plain[..., 1:-1] + second[..., :-2] - second[..., 1:-1]
+    right = plain[..., 1:-1] + second[..., 2:] - second[..., 1:-1]
+    return torch.stack([left, right], -1).flatten(-2)
 
 
 def test_files_that_are_no_taehv_decoder_are_named(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import flashvsr
 from flashvsr.attention.plans import SparseCausal, training_ratio
@@ -30,20 +31,26 @@ from train.turns import Losses
 from train.validate import VALIDATION_STEP
 
 COLOURS = 3
+# Doubling by nearest neighbour and a 3x3 convolution cannot tell the halves of a pixel apart: of what it
+# knows of a pixel, one channel can be taken as it is and another by its second difference. The two mixtures
+# of six half pixels, its own and two on either side, that come closest to all halves of a 1/f signal (least
+# squares; symmetric, so three numbers each).
+AS_IT_IS, SECOND_DIFFERENCE = (-0.25, 0.255, 0.495), (-0.187, 0.261, 0.036)
 
 
 @torch.no_grad()
 def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
-    """A TC decoder from scratch: shows LR's means over 8x8 pixels, enlarged linearly, and learns the rest.
+    """A TC decoder from scratch: shows LR, a little soft, and learns the rest.
 
-    The first channels carry those means, as positive numbers that ReLU lets through: 12 (colour, frame) until
-    frames are split in two, then 6, then 3. Memory blocks and the two deepening convolutions start as the
-    identity (the release grew its decoder in the same way; otherwise nine blocks without norm explode), every
-    other channel is random and reaches the picture through weights that start at zero. A decoder too narrow
-    for the means starts grey.
+    The first channels carry LR: mixtures of its means over 4x4 pixels at first (above), then pixels of a
+    quarter of the size, enlarged linearly. They are positive, so that ReLU lets them pass: LR + 1, and beside
+    them one channel of ones, by which the zeros beyond the border count as grey. Memory blocks and the two
+    deepening convolutions start as the identity (the release grew its decoder in the same way; otherwise nine
+    blocks without norm explode). All other channels are random and reach the picture through weights that
+    start at zero. A decoder too narrow to carry LR starts grey.
     """
     module = TCDecoder(config)
-    layers, carried = module.decoder, GROUP * COLOURS
+    layers = module.decoder
     for layer in layers.values():
         if isinstance(layer, MemBlock):
             torch.nn.init.zeros_(layer.conv["4"].weight)
@@ -52,28 +59,64 @@ def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
         torch.nn.init.dirac_(layers[name].weight)
     picture = layers["26"]
     picture.weight.zero_()
-    if any(has < needs for has, needs in zip(config.channels, (carried, carried, 6, 3), strict=True)):
-        picture.bias.fill_(0.5)
+    picture.bias.fill_(0.5)
+    signals = GROUP * COLOURS
+    if any(
+        w <= n for w, n in zip(config.channels, (4 * signals, signals, signals // 2, COLOURS), strict=True)
+    ):
         return module
-    layers["1"].weight[:carried] = 0
-    layers["1"].bias[:carried] = 1  # LR is in [-1,1]
-    for i in range(carried):
-        layers["1"].weight[i, i * PIXELS**2 : (i + 1) * PIXELS**2, 1, 1] = PIXELS**-2
-    linear = torch.tensor([0.25, 0.5, 0.25])  # of pixels doubled: 3/4 of the nearest and 1/4 of the next
-    for grow, out, frames in (("9", "10", 1), ("15", "16", 2), ("21", "22", 2)):
-        carried //= frames
-        layers[grow].conv.weight.unflatten(0, (frames, -1))[:, :carried] = 0
-        layers[out].weight[:carried] = 0
-        for i in range(carried):
-            colour, frame = divmod(i, carried // COLOURS)
-            for half in range(frames):
-                source = (colour * frames + half) * (carried // COLOURS) + frame
-                layers[grow].conv.weight.unflatten(0, (frames, -1))[half, i, source] = 1
-            layers[out].weight[i, i] = torch.outer(linear, linear)
+
+    here, linear, second = torch.tensor([[0, 1, 0], [0.25, 0.5, 0.25], [1, -2, 1]])
+    halves = [
+        (y, x) for y in (0, 1) for x in (0, 1)
+    ]  # vertically and horizontally: as it is, or second difference
+    taps = [_of_pixels(AS_IT_IS), _of_pixels(SECOND_DIFFERENCE)]
+    mixtures = [torch.einsum("rb,cd->rcbd", taps[y], taps[x]).flatten(0, 1) for y, x in halves]
+    kernels = [torch.outer((here, second)[y], (here, second)[x]) for y, x in halves]
+    first = layers["1"]
+    first.weight[: 4 * signals + 1] = 0
+    first.bias[: 4 * signals + 1] = 1
+    for i in range(signals):  # (colour, frame)
+        for k in range(4):
+            first.weight[4 * i + k, i * PIXELS**2 : (i + 1) * PIXELS**2] = mixtures[k]
+    _share_out(layers["9"].conv, 1, 4 * signals)
+    _enlarge(layers["10"], {(i, 4 * i + k): kernels[k] for i in range(signals) for k in range(4)})
+    for grow, out in (("15", "16"), ("21", "22")):
+        _share_out(layers[grow].conv, 2, signals)
+        signals //= 2
+        _enlarge(layers[out], {(i, i): torch.outer(linear, linear) for i in range(signals)})
     for colour in range(COLOURS):
         picture.weight[colour, colour, 1, 1] = 0.5  # frames are 2x - 1
     picture.bias.zero_()
     return module
+
+
+def _of_pixels(taps: tuple[float, ...]) -> Tensor:
+    """Weights of six half pixels -> of 8 rows in each of 3 pixels."""
+    halves = torch.tensor([*taps, *reversed(taps)]).reshape(3, 2)
+    return halves.repeat_interleave(4, 1).T / 4
+
+
+def _share_out(grow: nn.Conv2d, frames: int, signals: int) -> None:
+    """Signals (colour, frame, ...) and the ones after them -> each frame its own, and ones."""
+    weight, kept = grow.weight.unflatten(0, (frames, -1)), signals // frames
+    source = torch.arange(signals).unflatten(0, (COLOURS, frames, -1)).transpose(0, 1).flatten(1)
+    weight[:, : kept + 1] = 0
+    for frame in range(frames):
+        weight[frame, torch.arange(kept), source[frame]] = 1
+        weight[frame, kept, signals] = 1
+
+
+def _enlarge(conv: nn.Conv2d, kernels: dict[tuple[int, int], Tensor]) -> None:
+    """Each (signal out, signal in) its kernel; ones, after the signals on both sides, stay ones, and signals
+    stay signal + 1 where zeros beyond the border meant a signal of 0."""
+    ones_out, ones_in = (max(pair[side] for pair in kernels) + 1 for side in (0, 1))
+    here = F.pad(torch.ones(1, 1), (1, 1, 1, 1))
+    conv.weight[: ones_out + 1] = 0
+    conv.weight[: ones_out + 1, ones_in] = here
+    for (out, source), kernel in kernels.items():
+        conv.weight[out, source] = kernel
+        conv.weight[out, ones_in] -= kernel
 
 
 class Decoder(Stage):
