@@ -183,17 +183,29 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if not restart_peak():
+        return None
+    before = resident_bytes()
+    fn()
+    return max(_status_bytes("VmHWM") - before, 0)
+
+
+def restart_peak() -> bool:
+    """Lets `peak_rss_bytes` count from what is resident now; False where the system cannot do that."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
-        return None
+        return False
     _give_back_freed()
     try:
         reset.write_text("5")  # Linux: the peak of resident memory starts anew
     except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    fn()
-    return max(_status_bytes("VmHWM") - before, 0)
+        return False
+    return True
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where the system cannot tell."""
+    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else 0
 
 
 def _give_back_freed() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from flashvsr.bench.models import Subject
     from flashvsr.bench.report import Report
+    from flashvsr.weights.folder import FlashVSR
 
 DTYPES = ("float32", "bfloat16", "float16")
 WHAT = {
@@ -24,9 +25,11 @@ WHAT = {
     "decoder": "TC decoder and VAE decoder on two latents",
     "pipeline": "a whole stream: frames per second and time per part",
     "tiling": "the same clip untiled and in tiles: how far apart, time, memory",
+    "overlap": "a file into a file: what reading, decoding and writing beside the model save",
+    "memory": "memory over time while a file is upscaled, and how much it grows after 100 frames",
     "gpu": "all of it, and the pipeline's switches one at a time: one call for a lent GPU",
 }
-REPEATS = {"attention": 5, "decoder": 2, "gpu": 5, "tiling": 1}
+REPEATS = {"attention": 5, "decoder": 2, "gpu": 5, "tiling": 1, "overlap": 3}
 GPU_SIZES = ((768, 1408), (1152, 1920), (1536, 2560))  # the second is 1080p, padded
 
 
@@ -42,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here as well")
         few = REPEATS.get(name, 3)
-        sub.add_argument("--repeats", type=int, default=few, help="median of so many runs (%(default)s)")
+        if name != "memory":
+            sub.add_argument("--repeats", type=int, default=few, help="median of so many runs (%(default)s)")
         if name != "attention":
             sub.add_argument("--scale", help="tiny, small or wan1.3b (default: small; wan1.3b on cuda)")
     a = made["attention"]
@@ -61,10 +65,15 @@ def parser() -> argparse.ArgumentParser:
     t = made["tiling"]
     t.add_argument("--tiles", metavar="N,N", help="LR pixels (default: by scale; 192,160,128 of wan1.3b)")
     t.add_argument("--overlap", type=int, metavar="N", help="LR pixels (default: by scale; 24 of wan1.3b)")
-    t.add_argument("--model", metavar="DIR", help="a model folder (default: random weights of --scale)")
-    t.add_argument("--clip", metavar="FILE", help="video of LR frames (default: a moving picture)")
-    t.add_argument("--size", metavar="HxW", help="of the moving picture's LR frames (default: by scale)")
-    t.add_argument("--frames", type=int, default=33, help="of the clip, at most (%(default)s)")
+    for name, frames in (("tiling", 33), ("overlap", 69), ("memory", None)):
+        t = made[name]
+        t.add_argument("--model", metavar="DIR", help="a model folder (default: random weights of --scale)")
+        t.add_argument("--clip", metavar="FILE", help="video of LR frames (default: a moving picture)")
+        t.add_argument("--size", metavar="HxW", help="of the moving picture's LR frames (default: by scale)")
+        t.add_argument("--frames", type=int, default=frames, help="of the clip, at most (%(default)s)")
+    for name in ("overlap", "memory"):
+        made[name].add_argument("--times", type=float, default=4, help="how many times larger (%(default)s)")
+    made["memory"].add_argument("--page", type=Path, metavar="FILE", help="write the curve here, as HTML")
     g = made["gpu"]
     g.add_argument("--size", metavar="HxW", action="append", help="of the output, may be given several times "
                    "(default: 768x1408, 1152x1920, 1536x2560)")  # fmt: skip
@@ -77,8 +86,9 @@ def main(argv: list[str]) -> int:
     """Prints tables; exit code 1 when something usable did not run."""
     given = parser().parse_args(argv)
     for name in ("repeats", "tokens", "block", "heads", "head_dim", "minutes", "frames"):
-        if getattr(given, name, 1) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)} must be above 0")
+        value = getattr(given, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
     if given.what == "gpu":
         return _campaign(given)
     report = _measure(given)
@@ -108,6 +118,8 @@ def _measure(given: argparse.Namespace) -> Report:
         )
     if given.what == "tiling":
         return _tiling(given)
+    if given.what in ("overlap", "memory"):
+        return _files(given)
     subject = _subject(given, _size(given.size) if given.size else None)
     if given.what == "pipeline":
         from flashvsr.bench.pipeline import bench_pipeline
@@ -130,16 +142,12 @@ def _tiling(given: argparse.Namespace) -> Report:
 
     import numpy as np
 
-    import flashvsr
     from flashvsr.base.video_io import read_frames
     from flashvsr.bench.tiling import DEFAULTS, bench_tiling, moving_picture
 
     subject = _subject(given, None)
     size, tiles, overlap = DEFAULTS[subject.scale]
-    if given.model:
-        model = flashvsr.load(given.model, dtype=subject.dtype, device=subject.device)
-    else:
-        model = subject.model("dit", "lr_projector", "tc_decoder")
+    model = _model(given, subject)
     if given.clip:
         frames = np.stack(list(islice(read_frames(given.clip), given.frames)))
     else:
@@ -151,6 +159,41 @@ def _tiling(given: argparse.Namespace) -> Report:
     overlap = overlap if given.overlap is None else given.overlap
     facts = {"model": given.model or f"random {subject.scale}", "clip": given.clip or "moving picture"}
     return bench_tiling(model, frames, tiles, overlap=overlap, repeats=given.repeats, facts=facts)
+
+
+def _model(given: argparse.Namespace, subject: Subject) -> FlashVSR:
+    import flashvsr
+
+    if given.model:
+        return flashvsr.load(given.model, dtype=subject.dtype, device=subject.device)
+    return subject.model("dit", "lr_projector", "tc_decoder")
+
+
+def _files(given: argparse.Namespace) -> Report:
+    import tempfile
+
+    from flashvsr.base.cli import Progress
+    from flashvsr.bench import files
+    from flashvsr.bench.tiling import DEFAULTS, moving_picture
+
+    subject = _subject(given, None)
+    model, times = _model(given, subject), given.times if given.times % 1 else int(given.times)
+    facts = {"model": given.model or f"random {subject.scale}", "times": times}
+    with tempfile.TemporaryDirectory() as folder:
+        clip = given.clip
+        if clip is None:
+            size = _size(given.size) if given.size else DEFAULTS[subject.scale][0]
+            frames = moving_picture(given.frames or 3 * files.FIRST, *size)
+            clip = files.write_clip(Path(folder) / "moving-picture.mp4", frames)
+        if given.what == "overlap":
+            return files.bench_overlap(
+                model, clip, frames=given.frames, repeats=given.repeats, facts=facts, scale=times
+            )
+        with Progress(given.frames, "upscale", "frame") as progress:
+            return files.bench_memory(
+                model, clip, frames=given.frames, page=given.page, tell=progress.update, facts=facts,
+                scale=times,
+            )  # fmt: skip
 
 
 def _campaign(given: argparse.Namespace) -> int:
