@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "rewrite a model: release layout, diffusers, or one safetensors file",
     "prompt": "encode another prompt with a local UMT5, as a new posi_prompt.pth",
     "kernels": "compile the Triton attention kernels for GPUs, present or not, and show what they take",
+    "app": "serve a page on which clips are upscaled",
     "bench": "measure speed, useful work and memory of attention, modules and the pipeline",
     "doctor": "show machine and versions, and check the attention backends",
 }

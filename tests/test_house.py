@@ -22,7 +22,7 @@ MAY_TAKE = {
 # Installed only with an extra, or needed only by some commands: imported where they are used.
 LAZY = (
     "hydra", "deepspeed", "webdataset", "av", "lpips", "triton", "transformers", "diffusers", "cv2", "wandb",
-    "tensorboard", "trackio", "matplotlib",
+    "tensorboard", "trackio", "matplotlib", "gradio",
 )  # fmt: skip
 
 
