@@ -111,13 +111,14 @@ def facts(path: str | Path, frames: int | None) -> dict[str, Any]:
             times.append(frame.pts * video.time_base)
             length = (frame.duration or 0) * video.time_base
         tags = first.colorspace, first.color_range, first.color_primaries, first.color_trc
-        fps, size = video.average_rate, (first.height, first.width)
+        size = first.height, first.width
+        length = length or 1 / video.average_rate
     sound = []
     if probe(path).has_audio:
         with av.open(str(path)) as file:
             track = file.streams.audio[0]
             sound = [(p.pts * p.time_base, bytes(p)) for p in file.demux(track) if p.size]
-    length = length or 1 / fps
+    fps = len(times) / (times[-1] + length - times[0])
     return {"times": times, "length": length, "tags": tags, "fps": fps, "size": size, "sound": sound}
 
 

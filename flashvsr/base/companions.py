@@ -39,7 +39,7 @@ class Companions:
         self.source, self.suffix, self.start, self.end = str(source), suffix.lower(), start, end
         self.dropped: list[str] = []
         self.missing: str | None = None
-        self._input = av.open(self.source)
+        self._input = av.open(self.source, metadata_errors="replace")
         kinds = ("audio", "subtitle") if audio else ("subtitle",)
         self._streams = [s for s in self._input.streams if s.type in kinds and s.codec_context is not None]
         self._copies: dict[int, Any] = {}

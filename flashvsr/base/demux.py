@@ -144,7 +144,8 @@ def opened(source: Source, ahead: bool = False) -> Iterator[tuple[Any, Any]]:
     elif not isinstance(source, (str, Path)):
         source.seek(0)
     try:
-        with av.open(source if hasattr(source, "read") else str(source)) as container:
+        source = source if hasattr(source, "read") else str(source)
+        with av.open(source, metadata_errors="replace") as container:  # titles in other encodings, or damaged
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
                 raise UserError(f"{name} has no video stream; give a video file")
