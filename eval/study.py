@@ -41,7 +41,7 @@ TINY = {
     "3": ("data.slots=160", "stage.loss.lpips=0", "steps=240", "validate_every=60"),
     "decoder": (
         "data.slots=160", "stage.lpips=0", "stage.vae_mse=0", "stage.vae_lpips=0", "steps=600",
-        "validate_every=200",
+        "validate_every=200", "optim.lr=1e-4",
     ),
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ TRAININGS = (
     ),
     Training(
         "both-0-own-latents", "decoder", ("both-0/3",),
-        ("stage.latents=student", "init={out}/base/decoder/export", "optim.lr=1e-4"),
+        ("stage.latents=student", "init={out}/base/decoder/export"),
     ),
     # Made sick on purpose, for docs/reading-a-dmd-run.md.
     Training("frozen-fake-0", "3", ("base/2",), (*LOSSES["dmd"], "stage.fake_lr=0")),
