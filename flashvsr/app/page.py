@@ -25,6 +25,7 @@ STYLE = """
 .gradio-container > main { width: 100%; max-width: 1280px; margin: 0 auto; }
 #view .html-container { padding: 0; }
 #said { min-height: 84px; }
+#said .translucent { background: var(--body-background-fill); }
 #view .nothing { display: grid; place-items: center; min-height: 360px; border-radius: 8px;
   border: 1px dashed #8888; opacity: .7; }
 #view .first { display: block; width: 100%; max-height: 70vh; object-fit: contain; border-radius: 8px; }
@@ -85,10 +86,17 @@ def build(desk: Desk, models: Sequence[str], samples: Sequence[str]) -> Any:
                 clip = gr.File(label="Clip", file_types=sorted(VIDEO_SUFFIXES), height=140)
                 choices = [(Path(path).name, path) for path in samples]
                 chosen = gr.Dropdown(choices, value=None, label="or a sample")
-                form = _form(gr, models)
+                form = {
+                    "model": gr.Dropdown(
+                        list(models), value=models[0], label="Model", visible=len(models) > 1
+                    ),
+                    "scale": gr.Number(DEFAULTS["scale"], label="Scale", minimum=1),
+                }
                 with gr.Row():
                     start = gr.Button("Upscale", variant="primary")
                     cancel = gr.Button("Cancel")
+                with gr.Accordion("Settings", open=False):
+                    form |= _settings(gr)
             with gr.Column(scale=5, min_width=480):
                 view = gr.HTML(NOTHING, elem_id="view", padding=False)
                 said = gr.Markdown(elem_id="said")
@@ -147,8 +155,8 @@ def build(desk: Desk, models: Sequence[str], samples: Sequence[str]) -> Any:
     return page
 
 
-def _form(gr: Any, models: Sequence[str]) -> dict[str, Any]:
-    """Components by the name of their option, in the order of the page."""
+def _settings(gr: Any) -> dict[str, Any]:
+    """What most people leave alone: components by the name of their option."""
 
     def value(name: str) -> Any:
         return AUTO.get(name, DEFAULTS[name])
@@ -157,29 +165,23 @@ def _form(gr: Any, models: Sequence[str]) -> dict[str, Any]:
         given = value(name)
         return gr.Textbox("" if given is None else str(given), label=label, info=info, max_lines=1)
 
-    form = {
-        "model": gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1),
-        "scale": gr.Number(value("scale"), label="Scale", minimum=1),
-    }
-    with gr.Accordion("Settings", open=False):
-        form |= {
-            "decoder": gr.Radio(["auto", "tc", "vae"], value=value("decoder"), label="Decoder",
-                                info="auto takes tc, the fast one, where the model has it"),
-            "color-fix": gr.Radio(["adain", "wavelet", "none"], value=value("color-fix"), label="Colour fix"),
-            "seed": gr.Number(value("seed"), label="Seed", precision=0, minimum=0),
-            "sparse-ratio": text("sparse-ratio", "Sparse ratio", "of blocks attended to; empty: as trained"),
-            "local-range": text("local-range", "Local range", "block rows and columns seen; none: all"),
-            "kv-chunks": gr.Number(value("kv-chunks"), label="Chunks remembered", precision=0, minimum=2),
-            "tile": text("tile", "Tile", "LR pixels; auto: as the memory allows; empty: never"),
-            "overlap": gr.Number(value("overlap"), label="Overlap of tiles", precision=0, minimum=0),
-            "memory": text("memory", "Memory", "GiB to take at most; empty: 0.9 of what is free"),
-            "offload": gr.Checkbox(value("offload"), label="Keep on the GPU only the part at work"),
-            "start": text("start", "From", "12.5 or 0:12.5 (seconds), or 300f (frames)"),
-            "end": text("end", "To", "the same; empty: the end"),
-            "crf": gr.Number(value("crf"), label="CRF", info="lower: better and larger", minimum=0),
-            "no-audio": gr.Checkbox(value("no-audio"), label="Leave out the sound"),
-        }  # fmt: skip
-    return form
+    return {
+        "decoder": gr.Radio(["auto", "tc", "vae"], value=value("decoder"), label="Decoder",
+                            info="auto takes tc, the fast one, where the model has it"),
+        "color-fix": gr.Radio(["adain", "wavelet", "none"], value=value("color-fix"), label="Colour fix"),
+        "seed": gr.Number(value("seed"), label="Seed", precision=0, minimum=0),
+        "sparse-ratio": text("sparse-ratio", "Sparse ratio", "of blocks attended to; empty: as trained"),
+        "local-range": text("local-range", "Local range", "block rows and columns seen; none: all"),
+        "kv-chunks": gr.Number(value("kv-chunks"), label="Chunks remembered", precision=0, minimum=2),
+        "tile": text("tile", "Tile", "LR pixels; auto: as the memory allows; empty: never"),
+        "overlap": gr.Number(value("overlap"), label="Overlap of tiles", precision=0, minimum=0),
+        "memory": text("memory", "Memory", "GiB to take at most; empty: 0.9 of what is free"),
+        "offload": gr.Checkbox(value("offload"), label="Keep on the GPU only the part at work"),
+        "start": text("start", "From", "12.5 or 0:12.5 (seconds), or 300f (frames)"),
+        "end": text("end", "To", "the same; empty: the end"),
+        "crf": gr.Number(value("crf"), label="CRF", info="lower: better and larger", minimum=0),
+        "no-audio": gr.Checkbox(value("no-audio"), label="Leave out the sound"),
+    }  # fmt: skip
 
 
 def _jpeg(picture: np.ndarray) -> str:
