@@ -82,7 +82,7 @@ def test_memory_is_sampled_at_every_push(micro_model, clip, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip(micro_model, tmp_path):
-    """600 frames in a process of its own: kept, those after the first 100 would be 37 MiB, a tenth of all."""
+    """600 frames in a process of its own: kept, those after the first 100 would be 35 MiB, 7 % of all."""
     model = micro_model()
     parts = {p: getattr(model, p) for p in ("dit", "lr_projector", "prompt", "tc_decoder")}
     save_model(tmp_path / "model", config=model.config, info=model.info, **parts)
