@@ -97,7 +97,7 @@ class Desk:
         self._results: dict[str, Path] = {}  # of each session, the newest
 
     def describe(self, clip: str, form: Mapping[str, Any]) -> tuple[str, np.ndarray]:
-        """What a clip is and becomes, in a sentence, and its first frame; UserError if it cannot be read."""
+        """What a clip is, in a sentence, and its first frame; UserError if it cannot be read."""
         given = self._given(clip, form)
         with command.open_footage(given, clip) as footage:
             first = next(iter(footage))
