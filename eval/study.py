@@ -82,7 +82,7 @@ TRAININGS = (
     ),
     Training(
         "both-0-own-latents", "decoder", ("both-0/3",),
-        ("stage.latents=student", "init={out}/base/decoder/export"),
+        ("stage.latents=student", "init={out}/base/decoder/export", "steps=1200"),
     ),
     # Made sick on purpose, for docs/reading-a-dmd-run.md.
     Training("frozen-fake-0", "3", ("base/2",), (*LOSSES["dmd"], "stage.fake_lr=0")),
