@@ -81,7 +81,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	@$(PIP) -qq -e '.[train,metrics,dev]'
+	@$(PIP) -qq -e '.[train,metrics,app,dev]'
 	@touch $@
 
 # A comma inside an argument of $(call).
