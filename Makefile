@@ -1,4 +1,5 @@
-# make demo    trains every stage at scale=tiny, exports, upscales and evaluates; the last line is the report's path
+# make demo    trains every stage at scale=tiny, exports, upscales and evaluates; the last line is the report's path.
+#              VAE and TC decoder start from weights/tiny, the others from nothing
 # make test    the tests          make lint    format and lint          make soak    long campaigns
 # make clean   removes the environment and the demo's run
 #
@@ -44,9 +45,10 @@ demo: $(VENV)/ready
 	$(call part,data,$(PY) -m data build $(if $(VIDEOS),"$(VIDEOS)") $(if $(VAL_VIDEOS),--val "$(VAL_VIDEOS)") \
 		--out $(OUT)/data && $(PY) -m eval prepare $(OUT)/data $(OUT)/eval-set --preset realbasicvsr --seed 0 \
 		--clips 2 --frames 37 --size $(EVAL_SIZE) --short-side 192)
-	$(call part,vae,$(TRAIN) stage=vae)
-	$(call part,stages 1 to 3,$(TRAIN) stage=1..3)
-	$(call part,decoder,$(TRAIN) stage=decoder)
+	$(call part,vae,$(TRAIN) stage=vae init=weights/tiny/vae steps=60 optim.lr=2e-4 expect=1)
+	$(call part,stages 1 to 3,$(TRAIN) stage=1..3 scale.train.teacher.steps=360)
+	$(call part,decoder,$(TRAIN) stage=decoder init=weights/tiny/decoder expect=1 \
+		optim.lr=1e-4 stage.latents=student stage.vae_mse=0 stage.vae_lpips=0)
 	$(call part,export and upscale,$(PY) -m flashvsr export $(OUT) && $(PY) -m flashvsr upscale \
 		$(OUT)/eval-set/LQ/$$(ls $(OUT)/eval-set/LQ | head -n 1) $(OUT)/upscaled.mp4 --model $(OUT)/export)
 	$(call part,eval,$(PY) -m eval --method bicubic=bicubic --method teacher=$(OUT)/stage1/export$(,)steps=4 \
