@@ -84,6 +84,8 @@ TRAININGS = (
         "both-0-own-latents", "decoder", ("both-0/3",),
         ("stage.latents=student", "init={out}/base/decoder/export", "steps=1200"),
     ),
+    # At the scale's weight DMD's gradient is far below the pixels': here about as large.
+    Training("balanced-0", "3", ("base/2", "base/decoder"), ("stage.loss.dmd=0.4",)),
     # Made sick on purpose, for docs/reading-a-dmd-run.md.
     Training("frozen-fake-0", "3", ("base/2",), (*LOSSES["dmd"], "stage.fake_lr=0")),
     Training("fast-0", "3", ("base/2",), ("optim.lr=2e-3",)),
@@ -111,6 +113,7 @@ ROWS = (
     *(Row(f"teacher-{n}", "base", "1", f"steps={n}") for n in (1, 4, 20)),
     Row("sparse-20", "base", "2", "steps=20"),
     *(Row(f"{loss}-{seed}", f"{loss}-{seed}", "3", "decoder=vae") for seed in SEEDS for loss in LOSSES),
+    Row("balanced-0", "balanced-0", "3", "decoder=vae"),
     *(Row(f"both-0-ratio-{r}", "both-0", "3", f"decoder=vae,sparse_ratio={r}") for r in RATIOS),
     Row("both-0-TC", "both-0", "decoder", "decoder=tc"),
     Row("both-0-TC-own-latents", "both-0-own-latents", "decoder", "decoder=tc"),
