@@ -32,7 +32,7 @@ LOSSES = {
 }
 SEEDS = (0, 1)
 RATIOS = ("1.0", "1.5", "2.0", "none")
-# In the place of the demo's few steps; all together about 100 minutes of one CPU core. No LPIPS: its backbone
+# In the place of the demo's few steps; all together some two hours of one CPU core. No LPIPS: its backbone
 # would be random. The TC decoder is not asked to follow a VAE that is far worse than what it can be.
 TINY = {
     "vae": ("data.slots=160", "stage.lpips=0", "steps=5000", "optim.lr=1.2e-3", "optim.warmup=30"),
