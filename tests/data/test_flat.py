@@ -38,14 +38,20 @@ def resident() -> int:
 
 
 def flat(stream, warm: int, samples: int, allowed: int) -> None:
-    """Fails unless `samples` more than `warm` leave memory within `allowed` bytes and no file open."""
+    """Fails unless `samples` more than `warm` leave memory within `allowed` bytes and no file open. What
+    other tests left in this process may grow once; a leak grows every time."""
     for _ in range(warm):
         next(stream)
-    before, files = resident(), len(os.listdir("/proc/self/fd"))
-    for _ in range(samples):
-        next(stream)
-    assert len(os.listdir("/proc/self/fd")) == files
-    assert resident() - before <= allowed
+    grown = []
+    for _ in range(3):
+        before, files = resident(), len(os.listdir("/proc/self/fd"))
+        for _ in range(samples):
+            next(stream)
+        assert len(os.listdir("/proc/self/fd")) == files
+        grown.append(resident() - before)
+        if grown[-1] <= allowed:
+            return
+    raise AssertionError(f"{grown} bytes more, each time over {samples} samples")
 
 
 def clips(folder, **change):
