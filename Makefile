@@ -1,5 +1,5 @@
 # make demo    trains every stage at scale=tiny, exports, upscales and evaluates; the last line is the report's path.
-#              VAE and TC decoder start from weights/tiny, the others from nothing. From there 60 steps of stage 3
+#              VAE and TC decoder start from weights/tiny, the others from nothing. From there 60 steps of VAE and stage 3
 #              and 50 of the decoder no longer lower the held-out loss: they show that training runs
 # make test    the tests          make lint    format and lint          make soak    long campaigns
 # make clean   removes the environment and the demo's run
@@ -46,7 +46,7 @@ demo: $(VENV)/ready
 	$(call part,data,$(PY) -m data build $(if $(VIDEOS),"$(VIDEOS)") $(if $(VAL_VIDEOS),--val "$(VAL_VIDEOS)") \
 		--out $(OUT)/data && $(PY) -m eval prepare $(OUT)/data $(OUT)/eval-set --preset realbasicvsr --seed 0 \
 		--clips 2 --frames 37 --size $(EVAL_SIZE) --short-side 192)
-	$(call part,vae,$(TRAIN) stage=vae init=weights/tiny/vae steps=60 optim.lr=2e-4 expect=1)
+	$(call part,vae,$(TRAIN) stage=vae init=weights/tiny/vae steps=60 optim.lr=5e-5 expect=1.05)
 	$(call part,stages 1 to 3,$(TRAIN) stage=1..3 scale.train.teacher.steps=360 \
 		scale.train.one_step.lr=5e-5 scale.train.one_step.expect=1.15)
 	$(call part,decoder,$(TRAIN) stage=decoder init=weights/tiny/decoder expect=1.05 \
