@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from eval.training_log import STAGES, read_run
 from flashvsr.base.cli import UserError, run
 from flashvsr.base.files import atomic
 
-FOLDERS = {"vae": "vae", "1": "stage1", "2": "stage2", "3": "stage3", "decoder": "decoder"}
+FOLDERS = {folder.removeprefix("stage"): folder for folder in STAGES}  # by stage, in the order of training
 LOSSES = {
     "pixels": ("stage.loss.dmd=0",),
     "dmd": ("stage.loss.dmd=1", "stage.loss.mse=0", "stage.loss.lpips=0"),
@@ -165,8 +166,7 @@ def main(argv: list[str]) -> None:
 
 def call(command: Sequence[str], log: Path | None = None) -> None:
     """Run a command, its output on the terminal or in `log`; UserError when it fails."""
-    with open(log or os.devnull, "a") as file:
-        sink = None if log is None else file
+    with nullcontext() if log is None else open(log, "a") as sink:
         code = subprocess.run(command, stdout=sink, stderr=sink).returncode
     if code:
         raise UserError(f"`{shlex.join(command)}` ended with code {code}" + (f"; see {log}" if log else ""))
@@ -181,9 +181,8 @@ def train_all(chosen: Sequence[Training], scale: str, data: Path, out: Path, wor
             future.result()
         link(training, out)
         log = None if workers == 1 else out / f"{training.run}-{FOLDERS[training.stage]}.log"
-        print(
-            f"== {training.run}: stage {training.stage}" + (f", output in {log}" if log else ""), flush=True
-        )
+        where = "" if log is None else f", output in {log}"
+        print(f"== {training.run}: stage {training.stage}{where}", flush=True)
         call(training.command(scale, data, out), log)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -230,9 +229,9 @@ def write_table(out: Path) -> None:
 
 
 def behind(row: Row, out: Path) -> tuple[str, str, str]:
-    """Seed and steps of the last stage, minutes of training of all stages behind it."""
-    last = list(FOLDERS.values()).index(FOLDERS[row.stage])
-    titles = [STAGES[folder] for folder in list(FOLDERS.values())[: last + 1]]
+    """Seed and steps of the last stage, minutes of that and the earlier ones of its run; what it was given by
+    `init` is not among them."""
+    titles = list(STAGES.values())[: list(FOLDERS).index(row.stage) + 1]
     logs = {log.title: log for log in read_run(out / row.run)[0] if log.title in titles}
     seed = next(t.seed for t in TRAININGS if t.run == row.run)
     minutes = sum(log.minutes or 0 for log in logs.values())

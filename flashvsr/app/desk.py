@@ -228,11 +228,9 @@ class _Count:
 
 def _memory(method: Any) -> str:
     """What a stream whose tiles are chosen will take of what there is, in words."""
-    from flashvsr.streaming.preflight import GIB, budget, estimate
+    from flashvsr.streaming.preflight import GIB, budget
 
     limit = budget(method.model, method.device, method.tiling.memory or "auto")
-    parts = method.model, method.tiles, method.settings, method.decoder_name
-    needed = estimate(*parts, device=method.device.type, offload=method.tiling.offload)
     of = "" if limit is None else f" of {limit / GIB:.1f}"
     cut = "" if len(method.tiles.places) == 1 else f", tiles: {method.tiles}"
-    return f"memory about {needed.device / GIB:.1f}{of} GiB{cut}"
+    return f"memory about {method.memory.device / GIB:.1f}{of} GiB{cut}"

@@ -61,15 +61,13 @@ def fresh_decoder(config: TCDecoderConfig) -> TCDecoder:
     picture.weight.zero_()
     picture.bias.fill_(0.5)
     signals = GROUP * COLOURS
-    if any(
-        w <= n for w, n in zip(config.channels, (4 * signals, signals, signals // 2, COLOURS), strict=True)
-    ):
+    needed = (4 * signals, signals, signals // 2, COLOURS)  # and a channel of ones
+    if any(width <= carried for width, carried in zip(config.channels, needed, strict=True)):
         return module
 
     here, linear, second = torch.tensor([[0, 1, 0], [0.25, 0.5, 0.25], [1, -2, 1]])
-    halves = [
-        (y, x) for y in (0, 1) for x in (0, 1)
-    ]  # vertically and horizontally: as it is, or second difference
+    # vertically and horizontally: as it is, or the second difference
+    halves = [(y, x) for y in (0, 1) for x in (0, 1)]
     taps = [_of_pixels(AS_IT_IS), _of_pixels(SECOND_DIFFERENCE)]
     mixtures = [torch.einsum("rb,cd->rcbd", taps[y], taps[x]).flatten(0, 1) for y, x in halves]
     kernels = [torch.outer((here, second)[y], (here, second)[x]) for y, x in halves]

@@ -42,8 +42,7 @@ def fresh_vae(config: VAEConfig) -> WanVAE:
             newest = module.weight[:, :, 2] * 3**0.5
             module.weight.zero_()
             module.weight[:, :, 2] = newest
-    for module in vae.modules():
-        if isinstance(module, ResidualBlock):
+        elif isinstance(module, ResidualBlock):
             module.residual["6"].weight.zero_()
         elif isinstance(module, FrameAttention):
             module.proj.weight.zero_()
