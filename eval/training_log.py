@@ -24,6 +24,7 @@ class StageLog:
     train: dict[int, dict[str, Any]]
     val: dict[int, dict[str, Any]]
     expect: float | None  # the held-out loss must fall to this fraction of its start
+    init: str | None  # the folder whose weights it started from
     damaged: int
 
     @property
@@ -95,17 +96,20 @@ def _read_stage(folder: Path, title: str) -> StageLog:
             records[record["kind"]][int(record["step"])] = record
         except (ValueError, TypeError, KeyError):
             damaged += 1
-    return StageLog(title, records["train"], records["val"], _read_expect(folder / "config.yaml"), damaged)
+    config = _read_config(folder / "config.yaml")
+    expect = config.get("expect")
+    expect = float(expect) if isinstance(expect, int | float) else None
+    return StageLog(title, records["train"], records["val"], expect, config.get("init"), damaged)
 
 
-def _read_expect(path: Path) -> float | None:
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a stage was run with; empty where that cannot be read."""
     try:
         import yaml
     except ImportError:
-        return None
+        return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return None
-    expect = config.get("expect") if isinstance(config, dict) else None
-    return float(expect) if isinstance(expect, int | float) else None
+        return {}
+    return config if isinstance(config, dict) else {}

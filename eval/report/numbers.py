@@ -114,8 +114,8 @@ def _lost(metrics: str, logs: Sequence[StageLog]) -> str:
     minutes = sum(log.minutes or 0 for log in logs)
     if not minutes:
         return f"None of these methods beats bicubic in {metrics}."
-    # A run that trained its own VAE had no released weights to start from.
-    scratch = " from scratch" if any(log.title == "VAE" for log in logs) else ""
+    # A run that made its own VAE from nothing had no weights to start from.
+    scratch = " from scratch" if any(log.title == "VAE" and log.init is None for log in logs) else ""
     amount = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{60 * minutes:.0f} seconds"
     claim = f"{amount} of training{scratch} do not beat bicubic in {metrics}"
     return f"{claim}: this page proves the road, not quality."

@@ -265,6 +265,11 @@ def test_the_verdict_follows_the_numbers(evaluation, tmp_path):
         "4 minutes of training from scratch do not beat bicubic in PSNR, tLP or NIQE: this page proves the "
         "road, not quality."
     ]
+    with open(tmp_path / "vae" / "config.yaml", "a") as config:
+        config.write("init: weights/tiny/vae\n")
+    started = read_run(tmp_path)[0]
+    assert [log.init for log in started] == ["weights/tiny/vae", None]
+    assert verdict(evaluation, started)[0].startswith("4 minutes of training do not beat bicubic")
     set_means(evaluation, "ours", psnr=31.0, tlp=0.4, niqe=8.0, edge=9.0)
     assert verdict(evaluation, []) == [
         "None of these methods beats bicubic in NIQE.",
