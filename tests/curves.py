@@ -3,7 +3,8 @@
     python -m tests.curves [--stages vae,teacher,...] [--refresh]
 
 A change that was not meant to touch training leaves them as they are; one that was meant to refreshes them,
-and the reviewer reads the difference. Clips come from a formula and nothing is degraded, so that other
+and the reviewer reads the difference. A stage starts from those before it, so a refresh covers every stage
+after the first one named. Clips come from a formula and nothing is degraded, so that other
 machines differ by rounding alone. Exit code 1 when a curve is off.
 """
 
@@ -123,6 +124,8 @@ def main(argv: list[str]) -> int:
     wanted = given.stages.split(",")
     if unknown := set(wanted) - set(ORDER):
         raise UserError(f"--stages: there is no stage {sorted(unknown)[0]!r}; there are {', '.join(ORDER)}")
+    if given.refresh:
+        wanted = list(ORDER[min(map(ORDER.index, wanted)) :])
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         write_pairs(Path(name) / "pairs")
