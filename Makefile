@@ -28,11 +28,6 @@ PIP  = $(PY) -m pip install --no-compile -c constraints.txt
 OUT  = runs/$(RUN)
 TRAIN = $(PY) -m train run=$(RUN) scale=tiny data.shards=$(OUT)/data
 
-# glibc gives the memory of every large tensor back to the kernel and takes it again at the next step; keeping it
-# saves a third of the demo's time on a CPU.
-export MALLOC_MMAP_MAX_ = 0
-export MALLOC_TRIM_THRESHOLD_ = 4294967296
-
 .PHONY: demo test lint soak clean
 
 # One part of the demo: a heading, the commands (stop at the first that fails), a line in $(OUT)/seconds.txt.

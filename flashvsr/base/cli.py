@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
+from flashvsr.base.heap import keep_memory
+
 T = TypeVar("T")
 
 # Without a terminal a progress bar is a log: one line in this many seconds.
@@ -32,8 +34,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
     `main` takes the arguments after the program's name (default: `sys.argv[1:]`) and returns an exit code
     or None. UserError and OSError end in one line on stderr and code 2, Ctrl-C in one line and 130; any
-    other exception is a bug and keeps its traceback. SIGTERM keeps its default action.
+    other exception is a bug and keeps its traceback. SIGTERM keeps its default action. Memory that is freed
+    stays with the process (`keep_memory`).
     """
+    keep_memory()
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt as stop:

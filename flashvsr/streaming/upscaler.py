@@ -31,7 +31,8 @@ from flashvsr.streaming.frames import (
     pad_time,
     resolve_ratio,
 )
-from flashvsr.streaming.preflight import Estimate, Preflight, budget
+from flashvsr.streaming.layout import Layout
+from flashvsr.streaming.preflight import Estimate
 from flashvsr.streaming.stream import (
     FIRST_LATENTS,
     LOOK_AHEAD,
@@ -43,7 +44,7 @@ from flashvsr.streaming.stream import (
     dtype_of,
     noise_source,
 )
-from flashvsr.streaming.tiling import TiledStream, Tiles, Tiling, lay, overlap_pixels, whole
+from flashvsr.streaming.tiling import TiledStream, Tiles, Tiling
 from flashvsr.weights.folder import FlashVSR, say
 
 T = TypeVar("T")
@@ -162,7 +163,9 @@ class StreamingUpscaler:
         self.noise = noise_source(noise, seed)
         block = model.dit.config.block
         self._multiple = (TOKEN_PIXELS * block[1], TOKEN_PIXELS * block[2])
-        self._most: int | None = None  # tiles have fewer pixels: a device has run out of memory
+        self._layout = Layout(
+            model, self.settings, self.decoder_name, self.device, self.tiling, scale, self._multiple
+        )
         self._beside: Beside | None = None
         self._reset()
 
@@ -199,7 +202,7 @@ class StreamingUpscaler:
     @property
     def memory(self) -> Estimate:
         """What the running clip takes, in the preflight's estimate; a clip must have begun."""
-        return self._preflight(limited=False).estimate(self._tiles, pipelined=self._beside is not None)
+        return self._layout.estimate(self._tiles, pipelined=self._beside is not None)
 
     def _reset(self) -> None:
         self._stream: Stream | TiledStream | None = None
@@ -339,37 +342,15 @@ class StreamingUpscaler:
 
     def _begin(self, canvas: Canvas) -> None:
         """Chooses the tiles of a picture and starts its stream; UserError where the memory is too small."""
-        tiling, size = self.tiling, canvas.padded
-        shared = overlap_pixels(tiling.overlap, self.output.scale)
-        preflight = self._preflight()
-        if tiling.tile == "auto":
-            tiles = preflight.choose(size, shared, self._multiple, self._most)
-            if tiles is None:
-                preflight.check(whole(size), shared, self._multiple)
-        elif tiling.tile is None:
-            tiles = whole(size)
-        else:
-            tiles = lay(size, tiling.tile, tiling.overlap, self.output.scale, self._multiple)
-        if tiles is None or (self._most is not None and tiles.area >= self._most):
-            tiles = self._smaller(size)
-        if tiling.memory is not None:
-            preflight.check(tiles, shared, self._multiple)
-        self._canvas, self._tiles = canvas, tiles
-        self._stream = self._new_stream(tiles)
-        room = self.pipelined and (tiling.memory is None or preflight.fits(tiles, pipelined=True))
-        if room and isinstance(self._stream, Stream):
+        self._tiles = self._layout.tiles(canvas.padded)
+        self._canvas, self._stream = canvas, self._new_stream(self._tiles)
+        if self.pipelined and self._layout.room_beside(self._tiles):
             self._beside = Beside(self.device)
 
     def _end_beside(self) -> None:
         if self._beside is not None:
             self._beside.close()
             self._beside = None
-
-    def _preflight(self, limited: bool = True) -> Preflight:
-        memory = self.tiling.memory or "auto"
-        limit = budget(self.model, self.device, memory) if limited else None
-        decoder, offload = self.decoder_name, self.tiling.offload
-        return Preflight(self.model, self.settings, decoder, self.device, limit, offload)
 
     def _new_stream(self, tiles: Tiles) -> Stream | TiledStream:
         def make(noise: Noise) -> Stream:
@@ -378,17 +359,6 @@ class StreamingUpscaler:
         if len(tiles.places) == 1 and not self.tiling.offload:
             return make(self.noise)
         return TiledStream(tiles, make, self.noise, self.device, self.tiling.offload)
-
-    def _smaller(self, canvas: tuple[int, int]) -> Tiles:
-        """Tiles of fewer than `_most` pixels; UserError when there are none."""
-        shared = overlap_pixels(self.tiling.overlap, self.output.scale)
-        tiles = self._preflight(limited=False).choose(canvas, shared, self._multiple, self._most)
-        if tiles is None:
-            raise UserError(
-                f"{self.device} is out of memory and there are no smaller tiles; take a smaller overlap, "
-                f"kv_chunks=2 or offload=True"
-            )
-        return tiles
 
     @property
     def _context(self) -> int:
@@ -413,8 +383,7 @@ class StreamingUpscaler:
         self._stream = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._most = old.area // 2 + 1
-        self._tiles = self._smaller(self._canvas.padded)
+        self._tiles = self._layout.after(old)
         self.note(
             f"{self.device} is out of memory with tiles: {old}; going on once with tiles: {self._tiles} "
             f"({reason})"
