@@ -2,8 +2,8 @@
 
 By default a block of more than 32 MiB (smaller ones at first) comes from the kernel and goes back to it as
 soon as it is free. A network takes and frees such tensors all the time: each comes as pages that must be
-zeroed, and threads that do so wait for each other, as a process has one map of its memory. A heap that grows to
-what the work needs and stays costs nothing of that, and memory over time becomes a flat line.
+zeroed, and threads that do so wait for each other, as a process has one map of its memory. A heap that grows
+to what the work needs and stays costs nothing of that, and memory over time becomes a flat line.
 
 Measured by `python -m flashvsr bench overlap` (docs/upscaling.md).
 """

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# Page faults of ten blocks of 64 MiB, taken and given back one after the other, the last five in a thread. The
-# block before them is not counted: its pages are new in any case.
+# Page faults of ten blocks of 64 MiB, taken and given back one after the other, the last five in a thread.
+# The block before them is not counted: its pages are new in any case.
 CODE = """
 import resource
 import threading
