@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     t = made["tiling"]
     t.add_argument("--tiles", metavar="N,N", help="LR pixels (default: by scale; 192,160,128 of wan1.3b)")
     t.add_argument("--overlap", type=int, metavar="N", help="LR pixels (default: by scale; 24 of wan1.3b)")
-    for name, frames in (("tiling", 33), ("overlap", 69), ("memory", None)):
+    for name, frames in (("tiling", 33), ("overlap", 109), ("memory", None)):
         t = made[name]
         t.add_argument("--model", metavar="DIR", help="a model folder (default: random weights of --scale)")
         t.add_argument("--clip", metavar="FILE", help="video of LR frames (default: a moving picture)")
