@@ -1,12 +1,16 @@
 """A decoder that works beside the next call's DiT gives the same frames, one call later, whatever happens."""
 
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import flashvsr
 from flashvsr import StreamingUpscaler
+from flashvsr.base.video_io import VideoWriter, read_frames
 from flashvsr.streaming import beside, stream
 from flashvsr.streaming.beside import Beside
 from flashvsr.streaming.stream import Stream
@@ -166,3 +170,26 @@ def test_on_a_gpu_each_half_waits_for_the_other_and_for_nothing_else(monkeypatch
         ("frames's to", "numpy"),
         ("side", "was current"),
     ]
+
+
+def test_the_webcam_of_the_docs(micro_model, monkeypatch, tmp_path):
+    """The page's lines, with a file for the camera and one for the window."""
+    text = (Path(__file__).parents[2] / "docs" / "upscaling.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "/dev/video0" in block)
+    with VideoWriter(tmp_path / "in.mkv", 25, 16, 16, lossless=True) as writer:
+        writer.write(video(41, 16, 16))
+    viewer = "ffplay -loglevel error -f rawvideo -pixel_format rgb24 -video_size 1280x960 -"
+    device = '"/dev/video0", format="v4l2", options={"video_size": "320x240"}'
+    for there, here in (
+        (device, repr(str(tmp_path / "in.mkv"))),
+        (viewer, f"cp /dev/stdin {tmp_path}/out"),
+    ):
+        assert code.count(there) == 1
+        code = code.replace(there, here)
+    monkeypatch.setattr(flashvsr, "load", lambda _: micro_model(), raising=False)
+    names = {}
+    exec(code, names)
+    names["window"].communicate()
+    plain = StreamingUpscaler(micro_model())
+    expected = plain.push(np.stack(list(read_frames(tmp_path / "in.mkv"))))
+    assert (tmp_path / "out").read_bytes() == expected[:29].tobytes()
