@@ -138,7 +138,7 @@ def _accumulate(
     sums: dict[str, torch.Tensor] = {}
     for i, (one, draw) in enumerate(zip(inputs, draws, strict=True)):
         with engine.accumulate(last=i == len(inputs) - 1):
-            reduced = reduce(loss(one, draw), stage.config.global_batch_size)
+            reduced = reduce(loss(one, draw), stage.config.global_batch_size, stage.apart(step))
             for name, value in reduced.values.items():
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + value
             for name, value in reduced.squares.items():

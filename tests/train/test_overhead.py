@@ -23,9 +23,6 @@ SMALL = [
     "optim.warmup=0", "log.quiet=true", "save_every=1000", "validate_every=1000",
 ]  # fmt: skip
 LIMIT = 0.03
-# Norms per term take stage 3's MSE and LPIPS apart through the VAE decoder's backward: 2.4 % of a cycle's
-# operations at scale=small's own size, 4.7 % at this one.
-APART = 0.047
 
 
 def bare(stage, micros, step):
@@ -66,10 +63,11 @@ def clocks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "cycle"), [("teacher", 1), ("one_step", 5)])
+@pytest.mark.parametrize(("name", "cycle"), [("teacher", 1), ("one_step", 25)])
 def test_the_loop_costs_at_most_three_percent_of_a_step(before, monkeypatch, capsys, name, cycle):
-    """`cycle` steps of our loop, then as many bare ones, in turns; the rest of the loop goes around both."""
-    rounds, own, spent = 4, loop.train_step, {"own": [], "bare": [], "around": []}
+    """`cycle` steps of our loop, then as many bare ones, in turns; the rest of the loop goes around both. In
+    25 steps of stage 3 the student has five turns, and in one of them its terms are taken apart."""
+    rounds, own, spent = 4 if cycle == 1 else 2, loop.train_step, {"own": [], "bare": [], "around": []}
     of = Losses.of
     last = []
 
@@ -117,4 +115,4 @@ def test_the_loop_costs_at_most_three_percent_of_a_step(before, monkeypatch, cap
                 end="",
             )
             if clock == 0:
-                assert share <= LIMIT + (APART if name == "one_step" else 0)
+                assert share <= LIMIT

@@ -33,6 +33,25 @@ def test_sending_the_gradient_back_equals_backward_through_the_whole():
     assert torch.isclose(reduced.squares["size"].sqrt(), gradient.double().norm())
 
 
+def test_terms_together_have_the_same_gradient_and_no_norms_but_that_of_a_single_one():
+    torch.manual_seed(0)
+    out = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def reduced(apart, *names):
+        losses = Losses.of([out])
+        for name, power in zip(names, (2, 3), strict=False):
+            losses.add(name, losses.at[0].pow(power).mean(1), power)
+        result = reduce(losses, 3, apart)
+        return result, torch.autograd.grad(result.surrogate, out)[0]
+
+    (one, by_term), (other, whole) = reduced(True, "a", "b"), reduced(False, "a", "b")
+    assert torch.allclose(by_term, whole, rtol=1e-6, atol=0)
+    assert set(one.squares) == {"a", "b"} == set(other.values) and not other.squares
+    assert one.values == other.values
+    single, gradient = reduced(False, "a")
+    assert torch.isclose(single.squares["a"], gradient.square().sum(), rtol=1e-6)
+
+
 def test_an_output_no_term_uses_gets_no_gradient():
     a, b = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     losses = Losses.of([a, b])

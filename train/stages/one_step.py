@@ -34,6 +34,8 @@ from train.stages.sparse_causal import INFERENCE_WINDOW, attention_in_use, causa
 from train.turns import Losses
 from train.validate import run_method
 
+APART_EVERY = 5  # turns of the student
+
 
 class OneStep(Stage):
     def build(self) -> None:
@@ -67,6 +69,12 @@ class OneStep(Stage):
         learns = (step + 1) % self.config.stage.student_every == 0 or self.teacher is None
         fake = [] if self.teacher is None else [("fake", self.fake_loss)]
         return [*fake, ("student", self.student_loss)] if learns else fake
+
+    def apart(self, step: int) -> bool:
+        """MSE and LPIPS taken apart cost a second pass through the VAE's decoder: in the student's first turn
+        and every fifth after it."""
+        every = self.config.stage.student_every if self.teacher else 1
+        return (step + 1) // every % APART_EVERY == 1
 
     def features_of(self, role: str, inputs: Inputs) -> dict[str, Any]:
         """What the teacher or the fake score is told of LR: the teacher's features, or LR for a projector of

@@ -75,6 +75,10 @@ class Stage:
         """Which role learns from which loss at this step (0 is the first), in order."""
         raise AssertionError("a stage says who learns")
 
+    def apart(self, step: int) -> bool:
+        """Whether at this step every term's gradient is taken by itself, for its norm."""
+        return True
+
     def held_out(self, inputs: Inputs, draw: Draw) -> Tensor:
         """The held-out loss, `B`: what `expect` in the scale speaks of."""
         raise AssertionError("a stage has a held-out loss")
