@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flashvsr.base.cli import UserError, clock
+from flashvsr.base.heap import give_back
 from flashvsr.commands import paths
 from flashvsr.commands import upscale as command
 from flashvsr.streaming import job
@@ -160,6 +161,7 @@ class Desk:
         try:
             yield
         finally:
+            give_back()
             self._device.release()
 
     def _given(self, clip: str, form: Mapping[str, Any]) -> Any:

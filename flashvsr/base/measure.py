@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from flashvsr.base.heap import give_back
 
 T = TypeVar("T")
 
@@ -195,7 +196,7 @@ def restart_peak() -> bool:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return False
-    _give_back_freed()
+    give_back()  # reused memory would be no growth
     try:
         reset.write_text("5")  # Linux: the peak of resident memory starts anew
     except OSError:
@@ -206,13 +207,6 @@ def restart_peak() -> bool:
 def resident_bytes() -> int:
     """Resident memory of this process now; 0 where the system cannot tell."""
     return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else 0
-
-
-def _give_back_freed() -> None:
-    """Makes the C library return freed memory to the system: reused memory would be no growth."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
 
 
 def _status_bytes(key: str) -> int:

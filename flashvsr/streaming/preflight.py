@@ -30,6 +30,7 @@ from flashvsr.attention.backends.gather import SCRATCH
 from flashvsr.attention.plans import CachedStreaming
 from flashvsr.attention.selection import pool
 from flashvsr.base.cli import UserError
+from flashvsr.base.heap import give_back
 from flashvsr.config import ModelConfig
 from flashvsr.models.denoiser import Denoiser
 from flashvsr.models.dit import DiT
@@ -261,6 +262,7 @@ def free_bytes(device: torch.device) -> int | None:
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
+    give_back()
     line = next(x for x in info.read_text().splitlines() if x.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
