@@ -37,8 +37,8 @@ print(int(done), faults(blocks), faults(in_a_thread))
 """
 
 
-# MiB resident: with 256 blocks of 1 MiB and a small one above them that stays, without the 256, and after free
-# memory was asked for.
+# MiB resident: with 256 blocks of 1 MiB and a small one above them that stays, without the 256, and after
+# free memory was asked for.
 RESIDENT = """
 import torch
 
