@@ -194,19 +194,27 @@ def _hand(ours: Connection, waiting: list[Unit], last: Unit | None = None) -> Un
     unit = unit or next(iter(waiting), None)
     if unit is not None:
         waiting.remove(unit)
-    ours.send(unit)
+    try:
+        ours.send(unit)
+    except ConnectionError:
+        if unit is not None:
+            raise _ended(unit) from None
     return unit
+
+
+def _ended(unit: Unit) -> UserError:
+    return UserError(
+        f"the process for method {unit.method.name!r} on clip {unit.clip.name!r} was ended from outside, "
+        f"perhaps for want of memory; what is complete stays: run the same command with fewer --workers"
+    )
 
 
 def _done(ours: Connection, unit: Unit, progress: Progress) -> bool:
     """Read one message of a worker: whether its unit is done."""
     try:
         message = ours.recv()
-    except EOFError:
-        raise UserError(
-            f"the process for method {unit.method.name!r} on clip {unit.clip.name!r} was ended from outside, "
-            f"perhaps for want of memory; what is complete stays: run the same command with fewer --workers"
-        ) from None
+    except (EOFError, ConnectionError):  # reset: it had not read all that was sent
+        raise _ended(unit) from None
     if isinstance(message, Exception):
         raise message
     if message is None:
@@ -225,7 +233,7 @@ def _serve(connection: Connection, job: Job, device: str, threads: int) -> None:
         while (unit := connection.recv()) is not None:
             worker.run(unit, connection.send)
             connection.send(None)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         return  # the parent has gone, or ends us
     except Exception as error:
         connection.send(error)

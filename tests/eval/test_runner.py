@@ -3,6 +3,8 @@
 import json
 import shutil
 import time
+from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,6 +336,20 @@ def test_running_out_of_memory_names_the_clip_and_a_remedy(test_set, method_of_o
     monkeypatch.setattr(eval.worker, "score", greedy_score)
     with pytest.raises(UserError, match="'bicubic' ran out of memory.*its frames are kept"):
         go(["bicubic"], test_set)
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_worker_that_is_gone_is_told_by_its_unit(unread):
+    """Reading from a process that had not read all it was sent is another error than the end of its file."""
+    ours, theirs = Pipe()
+    unit = SimpleNamespace(method=SimpleNamespace(name="m"), clip=SimpleNamespace(name="c"))
+    if unread:
+        ours.send("a unit")
+    theirs.close()
+    with pytest.raises(UserError, match="'m' on clip 'c' was ended from outside"):
+        eval.worker._done(ours, unit, None)
+    with pytest.raises(UserError, match="'m' on clip 'c' was ended from outside"):
+        eval.worker._hand(ours, [unit])
 
 
 @pytest.mark.parametrize(
