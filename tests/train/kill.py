@@ -61,6 +61,7 @@ MICRO = [
     "log.quiet=true", "device=cpu",
 ]  # fmt: skip
 MOMENTS = ("save", "step", "any")
+KILLS_PER_SAVE = 5  # at least one of so many must hit a save: where too few did, the next are aimed at one
 COMPARED = ("loss/", "grad_norm/", "term_grad/", "val/", "bicubic/")  # and step, stage, kind, counter, lr
 CLOSE = 1e-5  # of numbers whose sums were made in another order
 START_SECONDS, SAVE_SECONDS = 1.0, 0.03  # about as long as the microscopic models take
@@ -213,13 +214,14 @@ class Campaign:
                 attempts += 1
                 left = _unfinished(config.stage_dir)
                 ranks = Ranks(config, size, runs / "log")
-                if row.kills == kills:
+                missed = row.inside_saves < row.kills // KILLS_PER_SAVE
+                if row.kills == kills or (missed and done == self.steps):  # there is no save left in this run
                     self.finish(ranks)
                     break
                 if len(sizes) > 1:  # what these processes saved the others are to go on from
                     ranks.wait(lambda f=config.stage_dir, d=done: _last_saved(f) > d)
                 else:
-                    self.await_moment(ranks, config, done, MOMENTS[tries % 3], rng)
+                    self.await_moment(ranks, config, done, "save" if missed else MOMENTS[tries % 3], rng)
                 tries += 1
                 if not ranks.kill(rng):
                     self.finish(ranks)

@@ -79,7 +79,7 @@ def test_killed_twenty_times_per_stage(tmp_path, capsys):
     with capsys.disabled():
         rows = campaign(tmp_path, "--kills", "20", "--processes", "1", "2")
     assert len(rows) == 10 and all(row["kills"] == 20 and row["equal"] for row in rows)
-    assert sum(row["inside_saves"] for row in rows) >= 20  # chance decides: about one kill in five
+    assert all(row["inside_saves"] >= 3 for row in rows)
 
 
 # ---- refused --------------------------------------------------------------------------------------------
