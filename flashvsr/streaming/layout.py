@@ -34,8 +34,9 @@ class Layout:
 
     def tiles(self, canvas: Size) -> Tiles:
         """The tiles of a picture; UserError, with what would fit, where the memory is too small."""
-        tiling, preflight = self._tiling, self._preflight()
+        tiling = self._tiling
         if tiling.tile == "auto":
+            preflight = self._preflight()
             tiles = preflight.choose(canvas, self._overlap, self._multiple, self._below)
             if tiles is None:
                 preflight.check(whole(canvas), self._overlap, self._multiple)
@@ -46,7 +47,7 @@ class Layout:
         if tiles is None or (self._below is not None and tiles.area >= self._below):
             tiles = self._smaller(canvas)
         if tiling.memory is not None:
-            preflight.check(tiles, self._overlap, self._multiple)
+            self._preflight().check(tiles, self._overlap, self._multiple)
         return tiles
 
     def after(self, tiles: Tiles) -> Tiles:

@@ -49,6 +49,14 @@ def test_dmd_gradient_is_the_direction_over_the_sample_size():
     assert torch.allclose(z.grad, direction / z[0].numel(), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_dmd_hides_no_fault_of_a_network(which):
+    z, real, fake = (randn(2, 4, 2, 2, 2, seed=i) for i in range(3))
+    (z, real, fake)[which][1, 0, 0, 0, 0] = float("nan")
+    value = dmd(z, dmd_direction(z, real, fake))
+    assert value[0].isfinite() and value[1].isnan()
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_dmd_moves_a_gaussian_to_the_teacher(sign):
     """Student N(m, s^2), teacher N(1, 0.5^2), both scores in closed form (a Gaussian at sigma).

@@ -4,7 +4,7 @@
     g = (x_fake - x_real) / mean |z - x_real|  per sample
     L = 1/2 mean (z - sg(z - g))^2             so that dL/dz = g / (number of entries of a sample)
 
-Nothing here passes through `nan_to_num`: a fault in either network must be seen.
+What is not finite stays so, where DMD2 puts zeros in its place: a fault in either network must be seen.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class OneStep(Stage):
     def apart(self, step: int) -> bool:
         """MSE and LPIPS taken apart cost a second pass through the VAE's decoder: in the student's first turn
         and every fifth after it."""
-        every = self.config.stage.student_every if self.teacher else 1
+        every = 1 if self.teacher is None else self.config.stage.student_every
         return (step + 1) // every % APART_EVERY == 1
 
     def features_of(self, role: str, inputs: Inputs) -> dict[str, Any]:
